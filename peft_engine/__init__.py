@@ -1,0 +1,21 @@
+"""peft-engine: parameter-efficient fine-tuning that is fast, says what it costs, and never fails silently."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .config_reading import load_config
+    from .errors import EngineError
+    from .run import train
+
+__all__ = ["Config", "EngineError", "load_config", "train"]
+
+_HOME = {"Config": "config", "EngineError": "errors", "load_config": "config_reading", "train": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import peft_engine` must not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

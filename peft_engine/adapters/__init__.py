@@ -1,0 +1,1 @@
+"""Adapters: choose what trains, inject it, save it, load it, merge it."""

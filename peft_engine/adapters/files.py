@@ -1,0 +1,117 @@
+"""Adapter folders: written so that other tools read them, read so that nothing is left at random.
+
+LoRA is peft's own format. `full`, `head` and `bitfit` are the trained tensors under the model's own names, with an
+`adapter_config.json` that says so. Loading refuses any missing, unexpected or misshapen tensor (trap 15).
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..backbone import Backbone
+from ..config import Config
+from ..errors import ConfigError, StorageError, VerificationError
+from .group import Group, Member, MemberSpec
+from .lora import without_moved_weights
+from .methods import adapt
+
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+TENSORS_FORMAT = "peft-engine tensors 1"
+
+
+def save_adapter(group: Group, member: Member, folder: Path) -> None:
+    """Write a member's adapter into `folder` and compare the file with the live weights, bit by bit (traps 7, 14)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, settings = adapter_content(group, member)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    if isinstance(settings, LoraConfig):
+        settings.save_pretrained(str(folder))
+    else:
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    written = load_file(folder / WEIGHTS)
+    wrong = [name for name in tensors if name not in written or not torch.equal(written[name], tensors[name])]
+    if wrong or len(written) != len(tensors) or not tensors:
+        raise VerificationError(f"{folder / WEIGHTS} differs from the trained weights at {wrong[:3]}.", "Save again; check the disk.")
+
+
+def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], LoraConfig | dict[str, Any]]:
+    """Tensors by the names of the file, and the settings that go with them."""
+    if group.method != "lora":
+        base = group.backbone.model.config._name_or_path
+        settings = {"format": TENSORS_FORMAT, "method": group.method, "base_model_name_or_path": base}
+        return dict(member.tensors), settings
+    assert isinstance(group.model, PeftModel)
+    config = deepcopy(group.model.peft_config[member.spec.name])
+    assert isinstance(config, LoraConfig)
+    config.inference_mode = True
+    tensors = get_peft_model_state_dict(group.model, adapter_name=member.spec.name, save_embedding_layers=False)
+    expected = sum(t.numel() for t in member.tensors.values())
+    held = sum(t.numel() for t in tensors.values())
+    if held != expected:
+        raise VerificationError(f"peft would save {held} of {expected} trained parameters.", "Report this with the config.")
+    if member.initial:
+        tensors, config = without_moved_weights(tensors, member.initial, config)
+    return tensors, config
+
+
+def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
+    """The backbone with the adapter of `folder`, as a group of one.
+
+    Raises:
+        ConfigError: no adapter there, or it is another method's.
+        StorageError: the file can't be read, or its tensors are not exactly those of this model and method.
+    """
+    if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
+        raise ConfigError(f"{folder} holds no adapter ({SETTINGS} and {WEIGHTS}).", "Give a run directory whose training ended.")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        settings = json.loads((folder / SETTINGS).read_text())
+    except (SafetensorError, ValueError) as error:
+        raise StorageError(f"The adapter in {folder} can't be read: {error}.", "Restore it, or train with --resume.") from error
+    spec = MemberSpec("default", config.training.seed, config.training.learning_rate)
+    if settings.get("format") == TENSORS_FORMAT:
+        group = adapt(backbone, config, [spec])
+        _copy(group.members[0], tensors, folder)
+        return group
+    if config.adapter.method != "lora":
+        raise ConfigError(f"{folder} holds a peft adapter, but adapter.method is {config.adapter.method}.", "Set adapter.method: lora.")
+    model = get_peft_model(backbone.model, LoraConfig.from_pretrained(str(folder)), adapter_name=spec.name)
+    model.set_adapter(spec.name)
+    here = get_peft_model_state_dict(model, adapter_name=spec.name, save_embedding_layers=False)
+    refuse_difference(here, tensors, str(folder / WEIGHTS))
+    set_peft_model_state_dict(model, tensors, adapter_name=spec.name)
+    member = Member(spec, {name: p for name, p in model.named_parameters() if p.requires_grad})
+    return Group(backbone, model, "lora", [member])
+
+
+def refuse_difference(here: dict[str, Tensor] | dict[str, Any], found: dict[str, Tensor], where: str) -> None:
+    """Raise unless `found` has exactly the names and shapes of `here`."""
+    faults = [f"missing {name}" for name in here if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in here]
+    faults += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(here[name].shape)}"
+        for name in here
+        if name in found and found[name].shape != here[name].shape
+    ]
+    if faults:
+        raise StorageError(
+            f"{where} does not fit this model: {'; '.join(faults[:3])}" + (f" and {len(faults) - 3} more." if len(faults) > 3 else "."),
+            "Use the model and the adapter settings that it was trained with.",
+        )
+
+
+def _copy(member: Member, tensors: dict[str, Tensor], folder: Path) -> None:
+    refuse_difference(member.tensors, tensors, str(folder / WEIGHTS))
+    with torch.no_grad():
+        for name, parameter in member.tensors.items():
+            parameter.copy_(tensors[name])

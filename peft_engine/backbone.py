@@ -1,0 +1,201 @@
+"""The frozen backbone: a transformers model and its tokenizer, loaded and checked."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from .config import Config, ModelConfig
+from .errors import ConfigError, StorageError
+from .runtime import seed_everything
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+@dataclass
+class Backbone:
+    """A loaded model, as the task shaped it.
+
+    Attributes:
+        model: the model with the task's head, all weights frozen or not as the adapter method decides later.
+        head_modules: full names of the modules that make the task's output (an LM head, a classifier); never adapted
+            by `all-linear`.
+        new_modules: those among them whose weights are not from the checkpoint; they are trained in full.
+        peft_task: peft's task type, None for a head that peft doesn't know.
+        weights_digest: sha256 over names, shapes and a sample of the values of the loaded pretrained tensors.
+    """
+
+    model: PreTrainedModel
+    head_modules: list[str] = field(default_factory=list)
+    new_modules: list[str] = field(default_factory=list)
+    peft_task: str | None = None
+    weights_digest: str = ""
+
+
+def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with any truncation or padding stored in its file switched off."""
+    _refuse_missing(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _explain(settings, error, "tokenizer") from error
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def load_settings(settings: ModelConfig) -> Any:
+    """The model's transformers config."""
+    _refuse_missing(settings)
+    try:
+        return AutoConfig.from_pretrained(
+            settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _explain(settings, error, "model") from error
+
+
+def load_model(
+    config: Config,
+    auto_class: Any,
+    model_config: Any,
+    device: torch.device,
+    may_be_new: Callable[[PreTrainedModel, str], bool],
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load pretrained weights and refuse any that were silently re-initialised (trap 22).
+
+    Args:
+        auto_class: transformers' Auto class of the task.
+        model_config: the model's transformers config, with the task's fields set.
+        may_be_new: (model, tensor name) → whether the task expects this tensor to be absent from the checkpoint.
+
+    Returns:
+        The model on `device`, and the names of its newly initialised tensors.
+
+    Raises:
+        ConfigError: no such model, or pretrained tensors are missing from its checkpoint.
+        StorageError: a weight file is corrupt.
+    """
+    settings = config.model
+    seed_everything(config.training.seed, 0)  # new tensors, if any, are initialised again per member
+    try:
+        model, info = auto_class.from_pretrained(
+            settings.path,
+            config=model_config,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=_dtype(config, model_config, device),
+            ignore_mismatched_sizes=True,  # reported in `info` and judged below
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise StorageError(f"The weights of {settings.path} can't be read: {error}.", "Fetch the model again.") from error
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _explain(settings, error, "model") from error
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    new = sorted({*info["missing_keys"], *mismatched})
+    wrong = [name for name in new if not may_be_new(model, name)]
+    if wrong:
+        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        hint = " For text-classification, model.pooling: mean does without the model's own pooler." if any("pooler" in name for name in wrong) else ""
+        raise ConfigError(
+            f"{settings.path}: {len(wrong)} pretrained tensors are not in the checkpoint and would start at random: {shown}.",
+            f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
+        )
+    return model.to(device), new
+
+
+def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dtype:
+    asked = config.model.dtype
+    if asked != "auto":
+        return getattr(torch, asked)
+    if device.type != "cuda" or config.adapter.method == "full":
+        return torch.float32
+    stored = getattr(model_config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def digest_weights(model: nn.Module) -> str:
+    """sha256 over a sample of every parameter: name, shape, dtype and up to 4,096 evenly spaced values."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to(torch.float32).cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over vocabulary, merges, normalisation, special tokens and chat template."""
+    content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256("\0".join([content, special, template, type(tokenizer).__name__]).encode()).hexdigest()
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills batches. Its value never matters: padding is masked by position (trap 4)."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of all matrix products that can take an adapter, output embeddings left out."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output else None
+    return [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES) and module is not output]
+
+
+def _refuse_missing(settings: ModelConfig) -> None:
+    path = Path(settings.path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model.path: {settings.path} holds no config.json, so it is no transformers model folder.",
+                "Give the folder that save_pretrained wrote, or a hub id.",
+            )
+        return
+    if path.is_file():
+        raise ConfigError(f"model.path: {settings.path} is a file; a model is a folder or a hub id.", "Give the folder.")
+    looks_local = settings.path.startswith((".", "/", "~")) or settings.path.count("/") > 1
+    if looks_local:
+        beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = get_close_matches(str(path), beside, n=2, cutoff=0.5)
+        hints = [f"Near: {', '.join(near)}." if near else "", "`make assets` fetches the models of configs/." if ".assets" in path.parts else ""]
+        if settings.hub_id:
+            hints.append(f"With a network: --set model.path={settings.hub_id}")
+        raise ConfigError(f"model.path: there is no folder {settings.path}.", " ".join(filter(None, hints)) or "Check the path.")
+
+
+def _explain(settings: ModelConfig, error: Exception, what: str) -> ConfigError:
+    """Say in one sentence why transformers could not load `what`."""
+    text = str(error)
+    where = f"model.path: {settings.path}" + (f" at revision {settings.revision}" if settings.revision else "")
+    if "trust_remote_code" in text:
+        return ConfigError(f"{where} needs Python code that comes with the model.", "Read that code, then set model.trust_remote_code: true.")
+    if not Path(settings.path).expanduser().is_dir():
+        return ConfigError(
+            f"{where}: no such local folder, and the {what} could not be had from the hub ({_first_line(text)})",
+            "Check the id, the network and HF_HUB_OFFLINE, or give a local folder.",
+        )
+    return ConfigError(f"{where}: the {what} could not be loaded ({type(error).__name__}: {_first_line(text)})", "Check the folder's files.")
+
+
+def _first_line(text: str) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    return line if len(line) <= 200 else line[:200] + "…"

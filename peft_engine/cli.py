@@ -1,0 +1,271 @@
+"""The command line. Each verb is a thin call; heavy imports happen inside the verbs."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .errors import EngineError
+
+OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting; may be repeated.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr.")
+RUN = click.argument("run", metavar="RUN")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="peft-engine", prog_name="peft-engine")
+def cli() -> None:
+    """Fine-tune Hugging Face models with adapters, and know what it costs.
+
+    \b
+    Start:  peft-engine init --task text-classification --model PATH > my.yaml
+            peft-engine validate my.yaml
+            peft-engine data my.yaml
+            peft-engine train my.yaml
+
+    Exit codes: 0 ok, 1 internal error, 2 settings or a missing file, 3 data, 4 out of memory, 5 diverged, 6 budget
+    reached, 7 verification failed, 8 storage, 75 interrupted (go on with --resume).
+    """
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+@AS_JSON
+@click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint of the output.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that the output holds.")
+@click.option("--quiet", is_flag=True, help="Only errors, and the summary's place.")
+def train(config: str, overrides: tuple[str, ...], as_json: bool, resume: bool, overwrite: bool, quiet: bool) -> None:
+    """Fine-tune as CONFIG says; write the run directory.
+
+    Evaluates before and after, checkpoints on the way, saves the adapter. SIGINT or SIGTERM writes a checkpoint first.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other.")
+    from .config_reading import load_config
+    from .run import train as run_train
+
+    summary = run_train(load_config(config, overrides), resume=resume, overwrite=overwrite, quiet=quiet)
+    _show(summary, as_json, lambda: print_summary(summary, load_config(config, overrides).output))
+
+
+@cli.command()
+@RUN
+@click.option("--split", type=click.Choice(["train", "eval", "test"]), default="test", show_default=True)
+@click.option("--data", help="A labelled file instead of a split.")
+@OVERRIDES
+@AS_JSON
+def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Metrics of a run's adapter on a split or a file. RUN is a run directory, or its config."""
+    from .using import evaluate as run_evaluate
+
+    found = run_evaluate(run, split, data=data, overrides=overrides)
+    _show(found, as_json, lambda: print_metrics(found["metrics"]))
+
+
+@cli.command()
+@RUN
+@click.option("--input", "source", required=True, help="csv, jsonl, json, parquet or txt with the columns of training.")
+@click.option("--output", "target", help=".csv or .jsonl to write; without it JSON lines go to stdout.")
+@OVERRIDES
+def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...]) -> None:
+    """Labels and probabilities, or generated text, for every row of a file."""
+    from .using import predict as run_predict
+
+    rows = run_predict(run, source, target, overrides=overrides)
+    if target:
+        click.echo(f"{len(rows)} rows written to {target}", err=True)
+    else:
+        for row in rows:
+            click.echo(json.dumps(row, ensure_ascii=False))
+
+
+@cli.command()
+@RUN
+@click.argument("prompt")
+@click.option("--system", help="System message.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@AS_JSON
+def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, temperature: float, as_json: bool) -> None:
+    """Answer PROMPT with a run's adapter, streamed as it is made."""
+    from .using import generate as run_generate
+
+    text = run_generate(run, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, streamer=None if as_json else _streamer)
+    if as_json:
+        click.echo(json.dumps({"text": text}, ensure_ascii=False))
+
+
+@cli.command()
+@RUN
+@click.option("--merged", is_flag=True, help="Fold the adapter into the weights: an ordinary transformers model.")
+@click.option("--to", "target", help="Folder to write; <run>/merged for --merged.")
+@AS_JSON
+def export(run: str, merged: bool, target: str | None, as_json: bool) -> None:
+    """Export a run's adapter or merged model, reload it in plain peft or transformers, and compare logits."""
+    from .using import export as run_export
+
+    folder, drift = run_export(run, merged=merged, target=target)
+    found = {"folder": str(folder), "relative": drift.relative, "kl": drift.kl, "top1_agreement": drift.top1_agreement}
+    lib = "transformers" if merged else "transformers + peft"
+    text = f"{folder}: reloaded in plain {lib}; largest logit difference {drift.relative:.1e} of the largest logit, top-1 agreement {drift.top1_agreement:.1%}"
+    _show(found, as_json, lambda: click.echo(text))
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+@AS_JSON
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows of the mask preview.")
+def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
+    """Look at the data before training: counts, lengths, labels, duplicates, leakage, truncation, what is learned."""
+    from rich.console import Console
+
+    from .config_reading import load_config
+    from .inspection import inspect_data
+
+    report, show = inspect_data(load_config(config, overrides), rows)
+    _show(report, as_json, lambda: show(Console()))
+
+
+@cli.command()
+@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), required=True)
+@click.option("--model", required=True, help="Hub id or local folder.")
+def init(task: str, model: str) -> None:
+    """Print a commented config to start from."""
+    from .config_writing import starter
+
+    click.echo(starter(task, model), nl=False)
+
+
+@cli.command()
+@click.argument("config")
+@OVERRIDES
+@AS_JSON
+def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check CONFIG; all faults at once."""
+    from .config_reading import load_config
+
+    found = load_config(config, overrides)
+    _show({"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid."))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of configs, for editors."""
+    from .config_writing import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command()
+@AS_JSON
+def env(as_json: bool) -> None:
+    """Versions and hardware, for a bug report."""
+    from .runtime import hardware, versions
+
+    found = {**versions(), **hardware()}
+    _show(found, as_json, lambda: click.echo("\n".join(f"{name}: {value}" for name, value in found.items())))
+
+
+def main() -> None:
+    """Entry point: one clear message and the right exit code for whatever a user can cause."""
+    warnings.filterwarnings("ignore")
+    _calm_libraries()
+    try:
+        cli(standalone_mode=False)
+    except EngineError as error:
+        _complain(error.problem, error.fix)
+        _leave(error.exit_code)
+    except click.exceptions.Abort:
+        _leave(75)
+    except click.ClickException as error:
+        error.show()
+        _leave(2)
+    except MemoryError:
+        _complain("Memory ran out.", "Lower data.max_length or training.batch_size, or use a machine with more memory.")
+        _leave(4)
+    except OSError as error:
+        from .run_directory import explain_storage
+
+        known = explain_storage(error)
+        if known is None:
+            raise
+        _complain(known.problem, known.fix)
+        _leave(known.exit_code)
+    _leave(0)
+
+
+def print_summary(summary: dict[str, Any], output: str) -> None:
+    """What a person wants to know after training."""
+    metrics = summary["metrics"]
+    before, after = metrics["before"], metrics["after"]
+    click.echo(f"\n{summary['method']} on {summary['task']}, {summary['steps']} steps, {metrics['split']} split")
+    for name in after:
+        if isinstance(after[name], float):
+            click.echo(f"  {name:<18} {before.get(name, float('nan')):>10.4f} → {after[name]:.4f}")
+    share = summary["trainable_parameters"] / summary["total_parameters"]
+    click.echo(f"  time               {summary['wall_seconds']:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in summary['seconds'].items())})")
+    if summary["tokens_per_second"]:
+        click.echo(f"  speed              {summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds'] * 1000:.0f} ms a step (median)")
+    if summary["peak_bytes"]:
+        click.echo(f"  peak memory        {summary['peak_bytes'] / 2**20:,.0f} MiB ({summary['peak_bytes_meaning']}), {summary['peak_rss_bytes'] / 2**20:,.0f} MiB resident")
+    click.echo(f"  trained            {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters ({share:.2%})")
+    if summary["cost_usd"] is not None:
+        click.echo(f"  cost               {summary['cost_usd']:.4f} USD")
+    click.echo(f"  files              {output}/adapter, {output}/run.json, {output}/metrics.jsonl")
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            click.echo(f"{name:<18} {value:.4f}" if isinstance(value, float) else f"{name:<18} {value}")
+    if "per_class" in metrics:
+        click.echo(f"\n{'class':<24} {'precision':>9} {'recall':>9} {'f1':>9} {'rows':>7}")
+        for name, one in metrics["per_class"].items():
+            click.echo(f"{name:<24} {one['precision']:>9.4f} {one['recall']:>9.4f} {one['f1']:>9.4f} {one['rows']:>7}")
+    if "confusion" in metrics:
+        click.echo("\nconfusion (rows: true, columns: predicted)")
+        for line in metrics["confusion"]:
+            click.echo("  " + " ".join(f"{n:>7}" for n in line))
+
+
+def _show(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(found, default=str))
+    else:
+        show()
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _complain(problem: str, fix: str) -> None:
+    click.echo(f"error: {problem}", err=True)
+    if fix:
+        click.echo(f"  fix: {fix}", err=True)
+
+
+def _calm_libraries() -> None:
+    """Progress bars and notes of the libraries under us would bury ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,0 +1,257 @@
+"""Checks that need more than one setting: what does not apply to a method or task, and what contradicts itself.
+
+`Config` runs them for everybody; `config_reading` runs them once more on files that have other faults, so that all are
+reported together.
+"""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KeyPath = tuple[str | int, ...]
+Tree = Mapping[str, Any]
+
+LORA_ONLY = (
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.dropout",
+    "adapter.targets",
+    "adapter.layers",
+    "adapter.rank_pattern",
+    "adapter.alpha_pattern",
+    "adapter.modules_to_save",
+    "adapter.rslora",
+    "adapter.dora",
+    "adapter.init",
+    "adapter.bias",
+    "adapter.lora_plus_ratio",
+    "adapter.options",
+)
+TASK_ONLY = {
+    "model.pooling": "text-classification",
+    "data.label_type": "text-classification",
+    "data.labels": "text-classification",
+    "data.columns.label": "text-classification",
+    "data.supervise": "causal-lm",
+    "data.columns.messages": "causal-lm",
+    "data.columns.tools": "causal-lm",
+    "data.columns.prompt": "causal-lm",
+    "data.columns.completion": "causal-lm",
+    "evaluation.generate_rows": "causal-lm",
+    "evaluation.max_new_tokens": "causal-lm",
+}
+NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
+"""Values that ask for nothing, so that they may stand where the setting does not apply."""
+
+OUR_NAMES = {
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "layers_to_transform": "adapter.layers",
+    "rank_pattern": "adapter.rank_pattern",
+    "alpha_pattern": "adapter.alpha_pattern",
+    "modules_to_save": "adapter.modules_to_save",
+    "use_rslora": "adapter.rslora",
+    "use_dora": "adapter.dora",
+    "init_lora_weights": "adapter.init",
+    "bias": "adapter.bias",
+    "peft_type": "adapter.method",
+    "task_type": "task",
+    "base_model_name_or_path": "model.path",
+    "revision": "model.revision",
+}
+"""peft's fields that are settings of ours."""
+ENGINE_SETS = ("inference_mode", "peft_version", "auto_mapping")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake at one setting; the path leads from the root of the file."""
+
+    path: KeyPath
+    text: str
+
+
+def dotted(path: KeyPath) -> str:
+    """`("adapter", "targets", 0)` as `adapter.targets[0]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def lookup(tree: Tree, name: str) -> Any:
+    """The value at a dotted name; None where it or a section above it is missing."""
+    node: Any = tree
+    for part in name.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def inapplicable(values: Tree) -> dict[str, str]:
+    """Settings without effect under this method, task and optimizer: dotted name → why, and what to do."""
+    found = {}
+    method, task = lookup(values, "adapter.method"), lookup(values, "task")
+    if method is not None and method != "lora":
+        for name in LORA_ONLY:
+            found[name] = (
+                f"applies to adapter.method lora only, and the method is {method}; remove it "
+                f"(on the command line: --set 'adapter={{method: {method}}}')"
+            )
+    if task is not None:
+        for name, owner in TASK_ONLY.items():
+            if task != owner:
+                found[name] = f"applies to task {owner} only, and the task is {task}; remove it"
+    if lookup(values, "training.optimizer") == "adafactor":
+        found["training.betas"] = "has no effect with optimizer adafactor; remove it"
+    return found
+
+
+def cross_faults(given: Tree, values: Tree) -> list[Fault]:
+    """All faults between settings.
+
+    Args:
+        given: only what was set by the user, nested as in the file; every value has its declared type.
+        values: the same with all defaults filled in; required settings may be missing.
+    """
+    faults = []
+    for name, reason in inapplicable(values).items():
+        if lookup(given, name) not in NEUTRAL:
+            faults.append(Fault(tuple(name.split(".")), reason))
+    for check in (_empty_text, _splits, _labels, _targets, _patterns, _steps, _budget):
+        faults.extend(check(values))
+    if lookup(values, "adapter.method") == "lora":
+        faults.extend(_options(values))
+    return faults
+
+
+def _empty_text(values: Tree) -> Iterator[Fault]:
+    for name in ("model.path", "data.train", "data.eval", "data.test", "output"):
+        if isinstance(lookup(values, name), str) and not lookup(values, name).strip():
+            yield Fault(tuple(name.split(".")), "got an empty text, expected a name or a path")
+
+
+def _splits(values: Tree) -> Iterator[Fault]:
+    train, evaluation, test = (lookup(values, f"data.{name}") for name in ("train", "eval", "test"))
+    for name, source in (("eval", evaluation), ("test", test)):
+        if source is not None and source == train:
+            yield Fault(
+                ("data", name),
+                f"got {source}, the same as data.train: the result would be measured on what was learned; "
+                f"leave data.{name} out to have it split off (data.split.{name})",
+            )
+    eval_share = lookup(values, "data.split.eval") if evaluation is None else 0.0
+    test_share = lookup(values, "data.split.test") if test is None else 0.0
+    if eval_share + test_share >= 1.0:
+        text = f"eval {eval_share} and test {test_share} leave nothing to train on; their sum must be below 1"
+        yield Fault(("data", "split"), text)
+    if evaluation is None and eval_share == 0:
+        for name in ("early_stopping", "restore_best", "eval_every"):
+            if lookup(values, f"training.{name}") not in (None, False):
+                text = "needs an evaluation split, and there is none; give data.eval, or a data.split.eval above 0"
+                yield Fault(("training", name), text)
+
+
+def _labels(values: Tree) -> Iterator[Fault]:
+    labels = lookup(values, "data.labels")
+    if labels is None:
+        return
+    names = [str(label) for label in labels]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield Fault(("data", "labels"), f"got {', '.join(twice)} more than once; each class is named once")
+    elif len(names) < 2 and lookup(values, "data.label_type") != "multi":
+        yield Fault(
+            ("data", "labels"), f"got {len(names)} class(es), expected two or more; null finds them in the data"
+        )
+    if lookup(values, "data.label_type") == "regression":
+        yield Fault(("data", "labels"), "regression has no classes; remove it, or set data.label_type: single")
+
+
+def _targets(values: Tree) -> Iterator[Fault]:
+    targets, path = lookup(values, "adapter.targets"), ("adapter", "targets")
+    if not targets:
+        yield Fault(path, "names no module; write all-linear, a regular expression or a list of names")
+    elif isinstance(targets, list):
+        if "all-linear" in targets:
+            yield Fault(path, "all-linear stands alone; write targets: all-linear, without a list")
+    elif re.fullmatch(r"\w+(\.\w+)*(\s*,\s*\w+(\.\w+)*)+", targets):
+        names = ", ".join(part.strip() for part in targets.split(","))
+        yield Fault(path, f"got the text {targets}, expected a list; write [{names}]")
+    elif targets != "all-linear":
+        yield from _regex(path, targets)
+        if lookup(values, "adapter.layers") is not None:
+            text = "can't be combined with a regular expression in adapter.targets; name the layers in the expression"
+            yield Fault(("adapter", "layers"), text)
+
+
+def _patterns(values: Tree) -> Iterator[Fault]:
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in lookup(values, f"adapter.{name}"):
+            yield from _regex(("adapter", name, pattern), pattern)
+
+
+def _regex(path: KeyPath, pattern: str) -> Iterator[Fault]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield Fault(path, f"got {pattern!r}, expected a regular expression: {error}")
+
+
+def _steps(values: Tree) -> Iterator[Fault]:
+    warmup, steps = lookup(values, "training.warmup"), lookup(values, "training.steps")
+    micro, batch = lookup(values, "training.micro_batch_size"), lookup(values, "training.batch_size")
+    if warmup >= 1 and warmup != int(warmup):
+        yield Fault(("training", "warmup"), f"got {warmup}; from 1 up it is a number of steps and must be whole")
+    elif warmup >= 1 and steps is not None and warmup >= steps:
+        text = f"got {int(warmup)} steps of warm-up in {steps} steps of training; the peak rate is never reached"
+        yield Fault(("training", "warmup"), f"{text}; write a smaller number, or a share such as 0.03")
+    if isinstance(micro, int) and micro > batch:
+        text = f"got {micro}, more than training.batch_size ({batch}), which counts the sequences of a whole step"
+        yield Fault(("training", "micro_batch_size"), f"{text}; raise batch_size, or lower this")
+
+
+def _budget(values: Tree) -> Iterator[Fault]:
+    if lookup(values, "budget.max_usd") is not None and not lookup(values, "budget.usd_per_hour"):
+        yield Fault(("budget", "max_usd"), "needs budget.usd_per_hour, the price of this machine")
+
+
+def _options(values: Tree) -> Iterator[Fault]:
+    """Further peft fields: they must exist, must not repeat settings of ours, and peft must take them together."""
+    options = lookup(values, "adapter.options")
+    if not options:
+        return
+    from peft import LoraConfig  # slow: only where it is needed
+
+    free = sorted(set(LoraConfig.__dataclass_fields__) - set(OUR_NAMES) - set(ENGINE_SETS))
+    refused = False
+    for key in options:
+        path, text = ("adapter", "options", key), None
+        if key in OUR_NAMES:
+            text = f"is a setting of its own here; write {OUR_NAMES[key]}"
+        elif key in ENGINE_SETS:
+            text = "is set by the engine; remove it"
+        elif key not in free:
+            near = difflib.get_close_matches(key, [*free, *OUR_NAMES], n=1)
+            hint = f"nearest: {OUR_NAMES.get(near[0], near[0])}" if near else f"it has {', '.join(free)}"
+            text = f"peft's LoraConfig has no such field; {hint}"
+        if text:
+            refused = True
+            yield Fault(path, text)
+    if refused:
+        return
+    init, targets = lookup(values, "adapter.init"), lookup(values, "adapter.targets")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            LoraConfig(
+                **options,
+                use_dora=lookup(values, "adapter.dora"),
+                init_lora_weights=True if init == "default" else init,
+                target_modules=targets if isinstance(targets, list) else None,
+                layers_to_transform=lookup(values, "adapter.layers"),
+            )
+    except (TypeError, ValueError) as error:
+        yield Fault(("adapter", "options"), f"peft refuses these settings: {' '.join(str(error).split())}")

@@ -1,0 +1,1 @@
+"""Data: read, check, split, render and encode what a run learns from."""

@@ -1,0 +1,65 @@
+"""Which rows make which optimizer step: a function of (seed, step), so a run can go on from any step."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MEGA = 50  # batches whose rows are sorted by length together
+
+
+@dataclass
+class BatchPlan:
+    """Rows of every optimizer step.
+
+    Each epoch is a fresh permutation of all rows; its last batch may be smaller. With `group_by_length`, rows are
+    sorted by length inside runs of 50 batches and the batches are shuffled again, so that a batch pads little.
+
+    Args:
+        lengths: tokens per row, int64 (rows,).
+        batch_size: rows per optimizer step, over all processes.
+        seed: order of this member.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    seed: int
+    group_by_length: bool
+    _epoch: int = field(default=-1, init=False)
+    _batches: list[np.ndarray] = field(default_factory=list, init=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """Epoch (from 0) of an optimizer step (from 1)."""
+        return (step - 1) // self.steps_per_epoch
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row indices of optimizer step `step` (from 1), int64 (at most batch_size,)."""
+        epoch = self.epoch_of(step)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._permute(epoch)
+        return self._batches[(step - 1) % self.steps_per_epoch]
+
+    def _permute(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        size = self.batch_size
+        if not self.group_by_length:
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        batches = []
+        for start in range(0, len(order), MEGA * size):
+            run = order[start : start + MEGA * size]
+            run = run[np.argsort(-self.lengths[run], kind="stable")]
+            batches += [run[i : i + size] for i in range(0, len(run), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def heaviest_step(self, total_steps: int) -> int:
+        """The step of the first epoch with the most padded tokens, for measuring peak memory; never the first step,
+        where the optimizer has no state yet, unless there is no other."""
+        last = min(total_steps, self.steps_per_epoch)
+        if last < 2:
+            return min(2, total_steps)
+        return max(range(2, last + 1), key=lambda step: len(self.rows(step)) * int(self.lengths[self.rows(step)].max()))

@@ -1,0 +1,229 @@
+"""Labels of text classification: of which type they are, their names in order of their ids, and their encoding.
+
+The order is the one given in `data.labels`, else sorted: whole numbers by value, other names by code point. It is saved
+with the run and never depends on the order of the rows.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from ..errors import ConfigError, DataError
+from .formats import Example
+
+LabelType = Literal["single", "multi", "regression"]
+MOST_CLASSES = 1000
+NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels become numbers."""
+
+    kind: LabelType
+    names: list[str]
+    """Class names in order of their ids; empty for regression."""
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def encode(self, value: Any, where: str) -> int | float | list[float]:
+        """The class id (single), 0.0 or 1.0 per class (multi), or the number (regression).
+
+        Args:
+            value: the label as the row holds it.
+            where: where the row stands, for the message.
+
+        Raises:
+            DataError: a class that is not among `names`, or a value of another type.
+        """
+        if self.kind == "regression":
+            return _number(value, where)
+        if self.kind == "single":
+            return self._id(_name(value, where), where)
+        hot = [0.0] * len(self.names)
+        for name in _listed_names(value, where):
+            hot[self._id(name, where)] = 1.0
+        return hot
+
+    def classes(self, value: Any, where: str) -> list[str]:
+        """Names of the classes that a label holds; none for regression. Raises DataError as `encode` does."""
+        encoded = self.encode(value, where)
+        if isinstance(encoded, list):
+            return [name for name, hot in zip(self.names, encoded, strict=True) if hot]
+        return [self.names[int(encoded)]] if self.kind == "single" else []
+
+    def _id(self, name: str, where: str) -> int:
+        if name not in self._ids:
+            raise DataError(
+                f"{where}: label {name!r} is not among those of the training split ({_shortened(self.names)}).",
+                "Mend the row, add training rows of this label, or set data.labels if it is one.",
+            )
+        return self._ids[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"kind": self.kind, "names": self.names}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "Labels":
+        """What `to_json` gave."""
+        return cls(kind=saved["kind"], names=list(saved["names"]))
+
+
+def find_labels(
+    examples: Sequence[Example], where: Callable[[int], str], label_type: str, given: list[str | int] | None
+) -> Labels:
+    """Type and names of the examples' labels.
+
+    Args:
+        examples: the rows to learn from.
+        where: where row i stands, for messages.
+        label_type: `auto`: lists are multi, numbers that are not all whole are regression, all else is single.
+        given: class names in order of their ids.
+
+    Raises:
+        ConfigError: `given` names a class twice, or the labels are numbers.
+        DataError: a label of another type, a class outside `given`, one class only, or more than 1000.
+    """
+    values = [example["label"] for example in examples]
+    kind = _guessed_kind(values, where) if label_type == "auto" else label_type
+    if kind == "regression":
+        return _regression(values, where, given)
+    listed = kind == "multi"
+    named = [_listed_names(v, where(i)) if listed else [_name(v, where(i))] for i, v in enumerate(values)]
+    if len({frozenset(names) for names in named}) == 1:
+        raise DataError(
+            f"All {len(values)} labels are {values[0]!r} ({where(0)} is the first); at least two classes are needed.",
+            "Check the label column, and whether the file is sorted and cut.",
+        )
+    first_seen: dict[str, int] = {}
+    for i, names in enumerate(named):
+        for name in names:
+            first_seen.setdefault(name, i)
+    _check_names(first_seen, where)
+    if len(first_seen) > MOST_CLASSES and given is None and not listed:
+        raise DataError(
+            f"{len(first_seen)} different labels in {len(values)} rows, such as {_shortened(list(first_seen), 3)}; "
+            f"more than {MOST_CLASSES} classes are not taken unasked.",
+            "Check the label column; set data.label_type=regression for numbers, or name the classes in data.labels.",
+        )
+    if given is None:
+        return Labels("multi" if listed else "single", _sorted_names(first_seen))
+    labels = Labels("multi" if listed else "single", [str(name) for name in given])
+    twice = sorted({name for name in labels.names if labels.names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"data.labels names {twice} more than once.", "Name each class once.")
+    for name, i in first_seen.items():
+        if name not in labels.names:
+            raise DataError(
+                f"{where(i)}: label {name!r} is not in data.labels ({_shortened(labels.names)}).",
+                "Add it there, or mend the rows.",
+            )
+    return labels
+
+
+def _guessed_kind(values: list[Any], where: Callable[[int], str]) -> LabelType:
+    lists = [_as_list(value) is not None for value in values]
+    if any(lists):
+        if not all(lists):
+            raise DataError(
+                f"{where(lists.index(False))}: the label {values[lists.index(False)]!r} is no list, while that of "
+                f"{where(lists.index(True))} is.",
+                "Write lists everywhere, or set data.label_type.",
+            )
+        return "multi"
+    if all(_is_number(value) for value in values) and not all(_is_whole(value) for value in values):
+        return "regression"
+    return "single"
+
+
+def _regression(values: list[Any], where: Callable[[int], str], given: list[str | int] | None) -> Labels:
+    if given is not None:
+        raise ConfigError(f"data.labels = {given} names classes, but the labels are numbers.", "Remove it.")
+    numbers = [_number(value, where(i)) for i, value in enumerate(values)]
+    if len(set(numbers)) == 1:
+        raise DataError(
+            f"All {len(numbers)} labels are {numbers[0]} ({where(0)} is the first).",
+            "There is nothing to learn; check the label column.",
+        )
+    return Labels("regression", [])
+
+
+def _check_names(first_seen: dict[str, int], where: Callable[[int], str]) -> None:
+    for name, i in first_seen.items():
+        other = first_seen.get(name.strip(), i)
+        if other != i:
+            raise DataError(
+                f"{where(i)}: label {name!r} differs from {name.strip()!r} ({where(other)}) by blanks only.",
+                "Write them alike.",
+            )
+
+
+def _sorted_names(names: Iterable[str]) -> list[str]:
+    ordered = sorted(names)
+    return sorted(ordered, key=int) if all(WHOLE.fullmatch(name) for name in ordered) else ordered
+
+
+def _name(value: Any, where: str) -> str:
+    """A class by its name: whole numbers without a decimal point, so that 1.0 and 1 are one class."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise DataError(f"{where}: label {value!r} is no string or number.", "One class per row, or lists everywhere.")
+
+
+def _listed_names(value: Any, where: str) -> list[str]:
+    listed = _as_list(value)
+    if listed is None:
+        raise DataError(f"{where}: label {value!r} is no list.", 'Several classes are a list: ["a", "b"]; none is [].')
+    names = [_name(item, where) for item in listed]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"{where}: the label {value!r} names a class twice.",
+            "Write the names of the classes that apply; a vector of zeros and ones is not taken.",
+        )
+    return names
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    """A list, or the list that a JSON string (a CSV cell) holds; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return NUMBER.fullmatch(value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) or float(number).is_integer()
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value) if _is_number(value) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        problem = f"{where}: label {value!r} is no finite number."
+        raise DataError(problem, "Mend the row, or set data.label_type=single.")
+    return number
+
+
+def _shortened(names: list[str], most: int = 10) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + rest

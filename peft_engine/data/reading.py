@@ -1,0 +1,140 @@
+"""Find a file or a hub data set and read it into rows, each of which knows where it stands.
+
+Rows are held in memory as plain dicts. What isn't there is a ConfigError, what holds something faulty a DataError, what
+the system won't let us read a StorageError.
+"""
+
+import difflib
+import gzip
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError, DataError, StorageError
+from .parsing import TEXT_PARSERS, Row, decode, parse_columnar, without_nulls
+
+SUFFIXES = (*TEXT_PARSERS, ".parquet", ".arrow", *(suffix + ".gz" for suffix in TEXT_PARSERS))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source, in order."""
+
+    source: str
+    """File path or hub name, as the user gave it."""
+    rows: list[Row]
+    lines: list[int] | None = None
+    """1-based line on which each row begins, for files that have lines."""
+
+    def where(self, i: int) -> str:
+        """Where row `i` (from 0) stands, in words: "train.jsonl, line 7" or "train.parquet, row 8"."""
+        return f"{self.source}, row {i + 1}" if self.lines is None else f"{self.source}, line {self.lines[i]}"
+
+    @property
+    def columns(self) -> list[str]:
+        """All keys, in order of first appearance."""
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+
+def read_rows(source: str, *, subset: str | None = None, default_split: str = "train") -> Rows:
+    """Rows of a local file, or of a hub data set given as `name` or `name:split`.
+
+    Args:
+        source: what ends like a data file, begins with `.`, `/` or `~`, or exists is a file; all else is a hub name.
+        subset: configuration name of a hub data set.
+        default_split: split of a hub data set whose name has none.
+
+    Raises:
+        ConfigError: there is no such file or hub data set, or its format is not known.
+        DataError: the content can't be read, or there is none.
+        StorageError: the operating system refuses to read it.
+    """
+    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
+    if _suffix(path.name) or source.startswith((".", "/", "~")) or path.is_absolute() or os.path.exists(path):
+        rows = _read_file(source, path)
+    else:
+        rows = _read_hub(source, subset, default_split)
+    if not rows.rows:
+        raise DataError(f"{source} holds no rows.", "Give a file or split that holds some.")
+    return rows
+
+
+def _suffix(name: str) -> str:
+    """The known suffix that a file name ends with, or ""."""
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def _read_file(source: str, path: Path) -> Rows:
+    raw = _read_bytes(source, path)
+    suffix = _suffix(path.name)
+    if not suffix:
+        raise ConfigError(f"{source} is no data file of a known kind.", f"Convert it to one of {', '.join(SUFFIXES)}.")
+    if not raw:
+        raise DataError(f"{source} is empty (0 bytes).", "Give a file that holds rows.")
+    if suffix in (".parquet", ".arrow"):
+        return Rows(source, *parse_columnar(source, suffix, raw))
+    if suffix.endswith(".gz"):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{source} can't be decompressed: {error}.", "Copy or download it again.") from error
+    return Rows(source, *TEXT_PARSERS[suffix.removesuffix(".gz")](source, decode(source, raw)))
+
+
+def _read_bytes(source: str, path: Path) -> bytes:
+    if path.is_dir():
+        names = _data_files(path)
+        held = f"It holds {', '.join(names)}" if names else f"Files are taken that end in {', '.join(SUFFIXES)}"
+        raise ConfigError(f"{source} is a folder, a file was expected.", f"{held}; name one file.")
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"There is no file {source}.", _near_files(path)) from None
+    except OSError as error:
+        problem = f"{source} can't be read: {error.strerror or error}."
+        raise StorageError(problem, "Check who may read the file, and the disk.") from error
+
+
+def _near_files(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder} either; relative paths start at {Path.cwd()}."
+    near = difflib.get_close_matches(path.name, _names(folder), n=3, cutoff=0.5)
+    if near:
+        return f"Near names in {folder.resolve()}: {', '.join(near)}."
+    return f"Data files in {folder.resolve()}: {', '.join(_data_files(folder)) or 'none'}."
+
+
+def _data_files(folder: Path, most: int = 8) -> list[str]:
+    names = [name for name in _names(folder) if _suffix(name)]
+    return names[:most] + ([f"and {len(names) - most} more"] if len(names) > most else [])
+
+
+def _names(folder: Path) -> list[str]:
+    """Names in a folder, sorted; none of one that may not be listed."""
+    return sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else []
+
+
+def _read_hub(source: str, subset: str | None, default_split: str) -> Rows:
+    import datasets
+
+    name, _, split = source.partition(":")
+    split = split or default_split
+    what = f"hub data set {name!r} (split {split!r}{f', subset {subset!r}' if subset else ''})"
+    try:
+        loaded = datasets.load_dataset(name, subset, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        problem = f"The files of {what} can't be read: {error.__cause__ or error}."
+        raise DataError(problem, "Give a local file.") from error
+    except (ConnectionError, FileNotFoundError, RuntimeError) as error:
+        fix = "Check the name and the network, or give a local file."
+        if datasets.config.HF_HUB_OFFLINE:
+            fix = "HF_HUB_OFFLINE is set: unset it, or give a local file."
+        raise ConfigError(f"There is no file {source}, and {what} did not load: {error}.", fix) from error
+    except ValueError as error:  # unknown split or subset: the library's message lists those there are
+        problem = f"There is no {what}: {str(error).rstrip('.')}."
+        raise ConfigError(problem, "Name a split as `name:split`, a subset as `data.subset`.") from error
+    except OSError as error:
+        raise StorageError(f"{what} can't be stored: {error}.", "Check the disk and HF_HOME's folder.") from error
+    return Rows(source, [without_nulls(row, deep=True) for row in loaded.to_list()])

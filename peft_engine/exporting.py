@@ -1,0 +1,171 @@
+"""What leaves a run: the adapter with its tokenizer and model card, a merged model; each verified by plain libraries."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .adapters.files import save_adapter
+from .adapters.group import Group, Member
+from .config import Config
+from .data.labels import Labels
+from .errors import ConfigError, VerificationError
+from .model_card import write_card
+from .tasks.base import Task
+from .tasks.text_classification import HEAD, MeanPooled
+
+LABELS = "labels.json"
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest tolerated |difference| of logits, as a share of the largest |logit|, per dtype of the weights."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the reloaded model is from the trained one, on the same input.
+
+    Attributes:
+        relative: largest |difference| of logits over largest |logit|.
+        kl: mean KL(trained ‖ reloaded) in nats (classes or next tokens; 0 for regression).
+        top1_agreement: share of positions with the same best class or token.
+    """
+
+    relative: float
+    kl: float
+    top1_agreement: float
+
+
+def save_trained(group: Group, member: Member, task: Task, labels: Labels | None, folder: Path, summary: dict[str, Any], config: Config) -> None:
+    """Write `adapter/`: weights, settings, tokenizer, class names, model card."""
+    save_adapter(group, member, folder)
+    task.tokenizer.save_pretrained(str(folder))
+    if labels is not None:
+        (folder / LABELS).write_text(json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(folder / "README.md", group, config, labels, summary)
+
+
+def read_labels(folder: Path) -> Labels | None:
+    path = folder / LABELS
+    return Labels.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def verify_adapter(group: Group, config: Config, labels: Labels | None, folder: Path) -> Drift:
+    """Load the adapter in plain transformers and peft, without this engine, and compare logits.
+
+    Raises:
+        ConfigError: the method is not peft's.
+        VerificationError: they differ beyond the bound.
+    """
+    if group.method != "lora":
+        raise ConfigError(f"{group.method} is not a peft adapter.", "Use export --merged.")
+    batch = probe_batch(group)
+    trained = _logits(group.model, batch)
+    base = _plain_base(group, config, labels)
+    plain = PeftModel.from_pretrained(base, str(folder)).eval()
+    return _judge(trained, _plain_logits(plain, group, batch, config), group, "The adapter loaded in plain peft")
+
+
+def export_merged(group: Group, config: Config, task: Task, labels: Labels | None, folder: Path) -> Drift:
+    """Fold the adapter into the weights, save an ordinary transformers model, reload it and compare logits (trap 13).
+
+    `group` is used up: its model is merged in place.
+
+    Raises:
+        VerificationError: the reloaded model differs beyond the bound for its dtype.
+    """
+    batch = probe_batch(group)
+    trained = _logits(group.model, batch)
+    model: Any = group.model
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)
+    mean_pooled = isinstance(model, MeanPooled)
+    if mean_pooled:
+        model.__class__ = type(model).__mro__[2]  # the transformers class under the head
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder))
+    task.tokenizer.save_pretrained(str(folder))
+    if labels is not None:
+        (folder / LABELS).write_text(json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    device = batch["input_ids"].device
+    if mean_pooled:
+        plain = AutoModel.from_pretrained(str(folder)).to(device).eval()
+        weights = load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else model.state_dict()
+        head = F.linear(_mean(plain, batch), weights[f"{HEAD}.weight"].to(device), weights[f"{HEAD}.bias"].to(device))
+        return _judge(trained, head, group, "The merged model reloaded in plain transformers")
+    auto = AutoModelForCausalLM if config.task == "causal-lm" else AutoModelForSequenceClassification
+    plain = auto.from_pretrained(str(folder)).to(device).eval()
+    return _judge(trained, _logits(plain, batch), group, "The merged model reloaded in plain transformers")
+
+
+def probe_batch(group: Group) -> dict[str, Tensor]:
+    """Token ids to compare models on: seeded, (4, 24), the last row padded."""
+    size = group.backbone.model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[-1, 16:] = 0
+    device = next(group.model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _plain_base(group: Group, config: Config, labels: Labels | None) -> Any:
+    """The base model as a user of plain transformers would load it."""
+    settings = config.model
+    common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code, "dtype": group.backbone.model.dtype}
+    device = next(group.model.parameters()).device
+    if config.task == "causal-lm":
+        return AutoModelForCausalLM.from_pretrained(settings.path, **common).to(device)
+    assert labels is not None
+    if group.backbone.peft_task is None:
+        base = AutoModel.from_pretrained(settings.path, **common)
+        base.classifier = nn.Linear(base.config.hidden_size, max(1, len(labels.names)))
+        return base.to(device)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        settings.path, num_labels=max(1, len(labels.names)), ignore_mismatched_sizes=True, **common
+    )
+    base.config.pad_token_id = group.backbone.model.config.pad_token_id
+    return base.to(device)
+
+
+def _plain_logits(plain: Any, group: Group, batch: dict[str, Tensor], config: Config) -> Tensor:
+    if config.task == "text-classification" and group.backbone.peft_task is None:
+        with torch.no_grad():
+            logits: Tensor = plain.base_model.model.classifier(_mean(plain, batch))
+        return logits
+    return _logits(plain, batch)
+
+
+def _mean(plain: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        hidden = plain(**batch).last_hidden_state
+    weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    mean: Tensor = (hidden * weight).sum(1) / weight.sum(1)
+    return mean
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+    return logits
+
+
+def _judge(trained: Tensor, found: Tensor, group: Group, what: str) -> Drift:
+    """Compare logits; positions that are padding in both are left in, they must agree too."""
+    bound = BOUNDS.get(group.backbone.model.dtype, max(BOUNDS.values()))
+    trained, found = trained.float(), found.float()
+    relative = float((trained - found).abs().max() / trained.abs().max().clamp_min(1e-12))
+    log_p, log_q = trained.log_softmax(-1), found.log_softmax(-1)
+    drift = Drift(relative, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), float((trained.argmax(-1) == found.argmax(-1)).float().mean()))
+    if not relative <= bound:
+        raise VerificationError(
+            f"{what} gives other logits than the trained one: largest difference {relative:.2e} of the largest logit, "
+            f"bound {bound:.0e}; KL {drift.kl:.2e}, top-1 agreement {drift.top1_agreement:.1%}.",
+            "Do not use it; report this with the config.",
+        )
+    return drift

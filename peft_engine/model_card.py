@@ -1,0 +1,105 @@
+"""The README.md that goes with an adapter: what it is, how it was made, how to load it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .adapters.group import Group
+from .config import Config
+from .data.labels import Labels
+
+PEFT_CAUSAL = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({path!r})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_CLASSES = """from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels={outputs})
+base.config.pad_token_id = {pad}
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_MEAN = """import torch
+from peft import PeftModel
+from transformers import AutoModel
+
+base = AutoModel.from_pretrained({path!r})
+base.classifier = torch.nn.Linear(base.config.hidden_size, {outputs})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
+
+def logits(batch):  # input_ids, attention_mask, ...: mean of the last hidden states over real tokens, then the head
+    weight = batch["attention_mask"].unsqueeze(-1)
+    hidden = model(**batch).last_hidden_state
+    return model.base_model.model.classifier((hidden * weight).sum(1) / weight.sum(1))"""
+
+TENSORS = """# `peft-engine export RUN --merged` writes an ordinary transformers model folder.
+from peft_engine import predict  # or use the trained tensors directly: they carry the model's own names"""
+
+
+def write_card(path: Path, group: Group, config: Config, labels: Labels | None, summary: dict[str, Any]) -> None:
+    """Write the model card from a run's summary (run.json)."""
+    front = ["---", f"base_model: {config.model.hub_id or config.model.path}", "library_name: peft", f"tags: [{config.task}, {config.adapter.method}, peft-engine]", "---"]
+    metrics = summary["metrics"]
+    scores = [f"| {name} | {_number(metrics['before'].get(name))} | {_number(value)} |" for name, value in metrics["after"].items() if isinstance(value, int | float)]
+    data = summary["data"]
+    body = [
+        f"# {config.adapter.method} adapter for {config.task}",
+        "",
+        f"Base model: `{config.model.path}`" + (f" (hub: `{config.model.hub_id}`)" if config.model.hub_id else "") + (f", revision `{config.model.revision}`" if config.model.revision else "") + ".",
+        f"Trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters with peft-engine {summary['versions']['peft_engine']}.",
+        "",
+        "## Data",
+        "",
+        f"`{config.data.train}`: " + ", ".join(f"{name} {count:,} rows" for name, count in data["counts"].items()) + f"; sha256 of the content `{data['digest']}`.",
+        *([f"Classes, in order: {', '.join(labels.names)}."] if labels and labels.names else []),
+        "",
+        f"## Metrics on the {metrics['split']} split",
+        "",
+        "| metric | before | after |",
+        "| --- | --- | --- |",
+        *scores,
+        "",
+        f"{summary['steps']} optimizer steps, seed {config.training.seed}, {summary['wall_seconds']:.0f} s on {summary['hardware'].get('gpu', summary['hardware']['cpu'])}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        _snippet(group, config, labels),
+        "```",
+        "",
+        "## Made by",
+        "",
+        "```",
+        summary["command"],
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version != "absent") + ".",
+        "",
+        "<details><summary>Settings</summary>",
+        "",
+        "```json",
+        json.dumps(config.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False),
+        "```",
+        "",
+        "</details>",
+    ]
+    path.write_text("\n".join([*front, *body]) + "\n", encoding="utf-8")
+
+
+def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
+    outputs = max(1, len(labels.names)) if labels else 0
+    if group.method != "lora":
+        return TENSORS
+    if config.task == "causal-lm":
+        return PEFT_CAUSAL.format(path=config.model.path)
+    if group.backbone.peft_task is None:
+        return PEFT_MEAN.format(path=config.model.path, outputs=outputs)
+    return PEFT_CLASSES.format(path=config.model.path, outputs=outputs, pad=group.backbone.model.config.pad_token_id)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,276 @@
+"""The arrow: config → backbone → data → adapters → train → evaluate → export, into a run directory."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .adapters.group import Group, Member, MemberSpec
+from .adapters.methods import adapt
+from .config import Config
+from .config_reading import load_config
+from .data.batching import BatchPlan
+from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.splitting import Splits, load_splits
+from .errors import ConfigError, DataError
+from .evaluation import evaluate_split, exact_match
+from .exporting import save_trained
+from .meters.cost import cost_usd
+from .meters.memory import peak_rss_bytes
+from .meters.time import PhaseTimer
+from .run_directory import RunDirectory, storage_errors
+from .runtime import Runtime, command, git_state, hardware, start, versions
+from .tasks import Task, make_task
+from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
+from .training.guards import Signals
+from .training.loop import Hooks, Loop
+from .training.optim import make_optimizer
+from .training.progress import ProgressView
+from .training.state import Trainee
+
+FREE_ON_RESUME = {"output", "budget", "evaluation", "data.cache", "training.micro_batch_size", "training.log_every", "training.save_every", "training.save_total_limit"}
+"""Settings that may change on resume, because the weights don't depend on them."""
+
+
+def train(config: Config | str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = True) -> dict[str, Any]:
+    """Fine-tune as `config` says and write the run directory.
+
+    Args:
+        config: settings, or the path of a YAML file.
+        resume: go on from the newest complete checkpoint of `output`; from the start where there is none.
+        overwrite: replace the run that `output` holds.
+
+    Returns:
+        What run.json holds.
+
+    Raises:
+        EngineError: see `errors`; its `exit_code` is the command line's.
+    """
+    config = config if isinstance(config, Config) else load_config(config)
+    directory = RunDirectory(config.output)
+    directory.refuse_occupied(resume=resume, overwrite=overwrite)
+    signals = Signals()
+    with directory, signals.handled(), ProgressView(Console(stderr=True), quiet) as view:
+        return _Run(config, directory, signals, view, resume and directory.holds_run()).go()
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(self, config: Config, directory: RunDirectory, signals: Signals, view: ProgressView, resume: bool) -> None:
+        self.config, self.directory, self.signals, self.view, self.resume = config, directory, signals, view, resume
+        self.timer = PhaseTimer()
+        self.began = time.perf_counter()
+        self.earlier = 0.0  # wall seconds of the sessions before this one
+        self.saved_phases: dict[str, float] = {}
+        self.runtime = start(config)
+        self.before: dict[str, Any] = {}
+
+    def go(self) -> dict[str, Any]:
+        config = self.config
+        if self.resume:
+            refuse_other_settings(config, self.directory)
+        with self.timer.phase("load"):
+            self.splits = load_splits(config)
+            self.task = make_task(config, self.splits.labels)
+            self.data = encode_splits(self.task, self.splits, config)
+            self.group = build_group(self.task, config, self.runtime, self.data)
+        self.trainees = make_trainees(self.group, self.data["train"], config, self.runtime)
+        self.total_steps = config.training.steps or max(1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch))
+        self._open()
+        if not self.before:
+            self.before = self._judge(self.group.members[0], self._final_split())
+        with self.timer.phase("train"), self.signals.deferred():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            self._loop().run()
+        after = self._judge(self.group.members[0], self._final_split())
+        summary = self._summary(after)
+        with self.timer.phase("save"), storage_errors(self.directory.adapter):
+            save_trained(self.group, self.group.members[0], self.task, self.splits.labels, self.directory.adapter, summary, config)
+        summary["seconds"] = self._phases()
+        summary["wall_seconds"] = self._elapsed()
+        summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
+        self.directory.write_json("run.json", summary)
+        return summary
+
+    def _open(self) -> None:
+        """Begin the run directory, or put everything back where its newest complete checkpoint was."""
+        from .config_reading import to_yaml
+
+        checkpoints = complete_checkpoints(self.directory.checkpoints) if self.resume else []
+        if not checkpoints:
+            if self.resume:
+                self.view.say("No complete checkpoint to resume from: starting from step 0.")
+            self.directory.clear()
+            self.directory.write_text("config.yaml", to_yaml(self.config))
+            return
+        state = read_state(checkpoints[-1])["run"]
+        self._refuse_other_input(state, checkpoints[-1])
+        load_checkpoint(checkpoints[-1], self.trainees)
+        self.earlier, self.saved_phases, self.before = state["wall_seconds"], state["seconds"], state["before"]
+        self.directory.cut_metrics(self.trainees[0].step)
+        self.directory.write_text("config.yaml", to_yaml(self.config))
+        self.view.say(f"Resuming from {checkpoints[-1]}.")
+
+    def _refuse_other_input(self, state: dict[str, Any], checkpoint: Path) -> None:
+        if state["data_digest"] != self.splits.digest:
+            raise DataError(f"The data is not what {checkpoint} was trained on.", "Restore the data, or start anew with --overwrite.")
+        if state["weights_digest"] != self.group.backbone.weights_digest:
+            raise ConfigError(f"The backbone's weights are not those {checkpoint} was trained on.", "Restore the model, or start anew with --overwrite.")
+
+    def _loop(self) -> Loop:
+        hooks = Hooks(
+            evaluate=self._evaluate_during if "eval" in self.data else None,
+            log=self.directory.append_metrics,
+            save=self._save,
+            fail=lambda record: self.directory.write_json("failure.json", record),
+            progress=self.view.step,
+            elapsed=self._elapsed,
+        )
+        where = self.splits.train.where
+        return Loop(self.group, self.task, self.data["train"], where, self.trainees, self.config, self.runtime, self.total_steps, hooks, self.signals)
+
+    def _evaluate_during(self, member: Member) -> dict[str, Any]:
+        found = self._judge(member, "eval", generate=False)
+        self.view.say(f"eval  {self.task.primary} {found[self.task.primary]:.4f}  loss {found['loss']:.4f}")
+        return found
+
+    def _judge(self, member: Member, split: str, generate: bool = True) -> dict[str, Any]:
+        """Metrics of a member on a split; with `evaluation.generate_rows` also the exact match of generated answers."""
+        settings = self.config.evaluation
+        size = settings.batch_size or self.config.training.batch_size
+        with self.timer.phase("evaluate"), self.group.evaluating(member) as model:
+            found = evaluate_split(model, self.task, self.data[split], size, self.runtime)
+            if generate and settings.generate_rows and self.config.task == "causal-lm":
+                examples = getattr(self.splits, split).examples[: settings.generate_rows]
+                found |= exact_match(model, self.task.tokenizer, examples, settings.max_new_tokens, size)
+        return found
+
+    def _final_split(self) -> str:
+        return next(name for name in ("test", "eval", "train") if name in self.data)
+
+    def _save(self, step: int) -> None:
+        state = {
+            "wall_seconds": self._elapsed(),
+            "seconds": self._phases(),
+            "before": self.before,
+            "data_digest": self.splits.digest,
+            "weights_digest": self.group.backbone.weights_digest,
+            "versions": versions(),
+        }
+        with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
+            save_checkpoint(self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit)
+
+    def _elapsed(self) -> float:
+        return self.earlier + time.perf_counter() - self.began
+
+    def _phases(self) -> dict[str, float]:
+        names = {*self.saved_phases, *self.timer.seconds}
+        return {name: self.saved_phases.get(name, 0.0) + self.timer.seconds.get(name, 0.0) for name in sorted(names)}
+
+    def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
+        trainee = self.trainees[0]
+        trainable, total = self.group.parameter_counts(trainee.member)
+        timed = sum(trainee.step_seconds)
+        cuda = self.runtime.device.type == "cuda"
+        return {
+            "task": self.config.task,
+            "method": self.config.adapter.method,
+            "metrics": {"primary": self.task.primary, "split": self._final_split(), "before": self.before, "after": after},
+            "wall_seconds": self._elapsed(),
+            "seconds": self._phases(),
+            "step_seconds": statistics.median(trainee.step_seconds) if trainee.step_seconds else None,
+            "tokens_per_second": trainee.timed_tokens / timed if timed else None,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else trainee.live_bytes,
+            "peak_bytes_meaning": "CUDA allocator's maximum" if cuda else "live tensor bytes, counted on the heaviest step",
+            "peak_rss_bytes": peak_rss_bytes(),
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "cost_usd": cost_usd(self._elapsed(), self.config.budget.usd_per_hour),
+            "energy": None,
+            "steps": trainee.step,
+            "best_step": trainee.best_step,
+            "stopped_early": trainee.stopped,
+            "tokens": trainee.total_tokens,
+            "micro_batch_size": trainee.micro_batch_size,
+            "data": {**self.splits.report.to_json(), "digest": self.splits.digest, "dropped": {n: len(d.dropped) for n, d in self.data.items()}, "truncated": {n: d.truncated for n, d in self.data.items()}},
+            "evaluations": trainee.evaluations,
+            "precision": self.runtime.precision,
+            "device": self.runtime.device.type,
+            "decisions": {**self.runtime.why, "kernels": "plain PEFT: this version has no fused kernels"},
+            "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
+            "hardware": hardware(),
+            "versions": versions(),
+            "git": git_state(),
+            "command": command(),
+        }
+
+
+def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
+    """Every split that there is, tokenised (from the cache where it holds them)."""
+    found = {}
+    for name in ("train", "eval", "test"):
+        split = getattr(splits, name)
+        if split is not None:
+            found[name] = encode_split(split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache))
+    return found
+
+
+def build_group(task: Task, config: Config, runtime: Runtime, data: dict[str, EncodedSet], specs: list[MemberSpec] | None = None) -> Group:
+    """The backbone on its device with the members of `specs` (one, of the config, by default)."""
+    backbone = task.load(runtime.device)
+    refuse_too_long(backbone.model.config, data)
+    specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
+    group = adapt(backbone, config, specs)
+    if config.training.gradient_checkpointing:
+        if not backbone.model.supports_gradient_checkpointing:
+            raise ConfigError(f"training.gradient_checkpointing: {type(backbone.model).__name__} does not support it.", "Set it to false.")
+        # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return group
+
+
+def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runtime) -> list[Trainee]:
+    """Members with their optimizer and data order, at step 0."""
+    settings = config.training
+    micro = settings.batch_size if settings.micro_batch_size == "auto" else min(settings.micro_batch_size, settings.batch_size)
+    return [
+        Trainee(
+            member,
+            make_optimizer(member, config, runtime.device),
+            BatchPlan(data.lengths, settings.batch_size, member.spec.seed, config.data.group_by_length),
+            micro,
+        )
+        for member in group.members
+    ]
+
+
+def refuse_too_long(model_config: Any, data: dict[str, EncodedSet]) -> None:
+    """Sequences must fit the model's positions, where it has a table of them."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
+    if positions is not None and longest > positions:
+        raise ConfigError(f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.", f"Set data.max_length: {positions}.")
+
+
+def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
+    """A resumed run must have the settings it began with, but for those that the weights don't depend on."""
+    path = directory.path / "config.yaml"
+    if not path.is_file():
+        return
+    old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    changed = [k for k in new if old.get(k) != new[k] and not any(k == free or k.startswith(f"{free}.") for free in FREE_ON_RESUME)]
+    if changed:
+        shown = "; ".join(f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in changed[:5])
+        raise ConfigError(f"--resume: {shown}.", "Resume with the settings the run began with, or start anew with --overwrite.")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,135 @@
+"""The run directory: refused where it would overwrite, locked while in use, written so that a fault loses nothing."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .errors import ConfigError, EngineError, StorageError
+
+OWN = ("config.yaml", "run.json", "metrics.jsonl", "failure.json", "checkpoints", "adapter", "merged")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class RunDirectory:
+    """`<output>/` of a run. Use as a context manager: it holds a lock on the folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self._lock: int | None = None
+
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    adapter = property(lambda self: self.path / "adapter")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+
+    def holds_run(self) -> bool:
+        return any((self.path / name).exists() for name in OWN)
+
+    def refuse_occupied(self, *, resume: bool, overwrite: bool) -> None:
+        """Before anything is loaded: is this a place to write to?
+
+        Raises:
+            ConfigError: it holds a run and neither flag was given, or it is a file.
+            StorageError: it can't be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output: {self.path} is a file.", "Name a folder.")
+        if self.holds_run() and not resume and not overwrite:
+            raise ConfigError(
+                f"output: {self.path} already holds a run.",
+                "Go on with --resume, replace it with --overwrite, or name another output.",
+            )
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+
+    def __enter__(self) -> "RunDirectory":
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(self._lock)
+                raise StorageError(f"output: another process is writing to {self.path}.", "Wait for it, or name another output.") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+            (self.path / ".lock").unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete the files of an earlier run, and nothing else that stands in the folder."""
+        with storage_errors(self.path):
+            for name in OWN:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file beside its place and rename it, so that a reader never sees half of it."""
+        part = self.path / f".{name}.part"
+        with storage_errors(self.path / name):
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, self.path / name)
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=2, default=str) + "\n")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop rows after `step`: the resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a last line cut off by a crash
+                row = json.loads(line)
+                if row["step"] <= step:
+                    rows.append(line)
+        self.write_text("metrics.jsonl", "".join(f"{line}\n" for line in rows))
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a StorageError that names the place."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        known = explain_storage(error, path)
+        if known is None:
+            raise
+        raise known from error
+
+
+def explain_storage(error: OSError | SafetensorError, path: Path | None = None) -> EngineError | None:
+    """What a user should know of a fault of the disk; None where it is none."""
+    number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+    place = path or getattr(error, "filename", None) or "A file"
+    if number in FULL:
+        return StorageError(f"{place}: no space left on the device, or over a limit ({error}).", "Free space, or name another output; then --resume.")
+    if number in DENIED:
+        return StorageError(f"{place}: can't be written or read ({error}).", "Check permissions, or name another place.")
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return ConfigError(f"{place} has a file where a folder must be ({error}).", "Name another place.")
+    return None
+
+
+def _errno_in(text: str) -> int | None:
+    """safetensors reports "(os error 28)"."""
+    _, found, rest = text.partition("(os error ")
+    return int(rest.partition(")")[0]) if found and rest.partition(")")[0].isdigit() else None

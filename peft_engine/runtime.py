@@ -1,0 +1,151 @@
+"""Where a run runs: device, precision, processes (through Accelerate), seeds, versions."""
+
+import importlib.metadata
+import os
+import platform
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from .config import Config
+from .errors import ConfigError
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "datasets", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine a run was given.
+
+    Attributes:
+        accelerator: Accelerate's handle on device placement, autocast, the fp16 scaler and processes.
+        precision: autocast dtype in use, "fp32" for none.
+        why: how `auto` settings were decided; recorded in run.json.
+    """
+
+    accelerator: Accelerator
+    precision: str
+    why: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+def start(config: Config) -> Runtime:
+    """Resolve `device` and `precision`, and start Accelerate.
+
+    Raises:
+        ConfigError: the device or the precision that was asked for by name isn't there.
+    """
+    device, why_device = _device(config.device)
+    precision, why_precision = _precision(config.training.precision, device)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    AcceleratorState._reset_state()  # a second run in this process may want another precision
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    return Runtime(accelerator, precision, {"device": why_device, "precision": why_precision})
+
+
+def _device(asked: str) -> tuple[str, str]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked != "auto":
+        if not there[asked]:
+            have = ", ".join(name for name, is_there in there.items() if is_there)
+            raise ConfigError(f"device: got {asked!r}, but this machine has only: {have}.", "Set device: auto.")
+        return asked, "asked for"
+    return next((name, "auto: first of cuda, mps, cpu that is there") for name, is_there in there.items() if is_there)
+
+
+def _precision(asked: str, device: str) -> tuple[str, str]:
+    if asked == "auto":
+        if device != "cuda":
+            return "fp32", f"auto: fp32 on {device}"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "auto: this GPU computes bf16"
+        return "fp16", "auto: this GPU has no bf16 units"
+    if asked == "fp16" and device == "cpu":
+        raise ConfigError("training.precision: got 'fp16' on cpu, which has no fp16 training.", "Use auto, fp32 or bf16.")
+    return asked, "asked for"
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed Python, NumPy and torch (every device) from a tuple such as (seed, step, rank).
+
+    Called before initialisation and at each optimizer step, so random state is a function of the position in the run:
+    nothing has to be saved, and a resumed, retried or grouped step draws what the plain one drew.
+    """
+    word = int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0])
+    random.seed(word)
+    np.random.seed(word % 2**32)
+    torch.manual_seed(word % 2**63)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "peft_engine": _version("peft-engine")}
+    return found | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def hardware() -> dict[str, Any]:
+    """Name and size of what computes here."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cpu_threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "gpus": torch.cuda.device_count()}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the current directory and whether it has changes; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> str:
+    """The command line of this process, without the machine's paths."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

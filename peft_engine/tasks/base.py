@@ -1,0 +1,81 @@
+"""What a task must give the engine, and what tasks share."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..backbone import Backbone
+from ..config import Config
+from ..data.encoding import EncodedRow, EncodedSet
+from ..data.formats import Example
+from ..data.labels import Labels
+
+Batch = dict[str, Tensor]
+
+
+class Meter(Protocol):
+    """Metrics of a split, added up batch by batch; logits are never kept (trap 23)."""
+
+    def update(self, logits: Tensor, batch: Batch) -> None: ...
+
+    def compute(self) -> dict[str, Any]: ...
+
+
+class Task(Protocol):
+    """Head, rows, loss and metrics of one kind of problem.
+
+    Attributes:
+        primary: name of the metric that early stopping and reports look at.
+        maximize: whether more of it is better.
+        tokenizer: of the backbone.
+    """
+
+    primary: str
+    maximize: bool
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, config: Config, labels: Labels | None) -> None: ...
+
+    def load(self, device: torch.device) -> Backbone:
+        """The backbone with this task's head."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides `encode`'s result."""
+        ...
+
+    def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
+        """Sequences of one row, or the reason why it teaches nothing."""
+        ...
+
+    def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:
+        """A batch of (rows, longest) tensors on the CPU, padded on the right by position."""
+        ...
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits."""
+        ...
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Sum over supervised units, fp32 scalar; the caller divides by the units of the whole global batch."""
+        ...
+
+    def meter(self) -> Meter: ...
+
+
+def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:
+    """`input_ids` and `attention_mask`, int64 (rows, longest). The mask comes from lengths, never from ids (trap 4)."""
+    lengths = data.lengths[rows]
+    longest = int(lengths.max())
+    ids = np.full((len(rows), longest), fill, dtype=np.int64)
+    mask = np.arange(longest)[None, :] < lengths[:, None]
+    for line, row in enumerate(rows):
+        ids[line, : lengths[line]] = data.tokens(int(row))
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

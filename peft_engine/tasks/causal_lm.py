@@ -1,0 +1,149 @@
+"""Causal language modelling: conversations, prompt/completion pairs, plain text.
+
+Token t+1 is predicted from tokens up to t; only supervised targets enter the loss.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
+from ..config import Config
+from ..data.chat import Rendered, encode_rendered, render_messages
+from ..data.encoding import EncodedRow, EncodedSet
+from ..data.formats import Example
+from ..data.labels import Labels
+from .base import Batch, pad_tokens
+
+IGNORED = -100
+
+
+class CausalLM:
+    primary = "loss"
+    maximize = False
+
+    def __init__(self, config: Config, labels: Labels | None = None) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(config.model)
+
+    def load(self, device: torch.device) -> Backbone:
+        model_config = load_settings(self.config.model)
+        model, _ = load_model(self.config, AutoModelForCausalLM, model_config, device, _nothing_new)
+        return Backbone(model, _output_names(model), [], "CAUSAL_LM", digest_weights(model))
+
+    def fingerprint(self) -> dict[str, Any]:
+        data = self.config.data
+        return {
+            "task": "causal-lm 1",
+            "tokenizer": digest_tokenizer(self.tokenizer),
+            "max_length": data.max_length,
+            "supervise": data.supervise,
+        }
+
+    def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
+        limit = self.config.data.max_length
+        rendered = self._render(example, where)
+        add_special = "messages" not in example and not isinstance(example.get("prompt"), list)
+        ids, supervised, text_bytes = encode_rendered(self.tokenizer, rendered, where, add_special_tokens=add_special)
+        if "text" in example:
+            ids, supervised, text_bytes = self._close(ids, supervised, text_bytes)
+            windows = [(start, min(start + limit, len(ids))) for start in range(0, len(ids), limit)]
+        else:
+            windows = [(0, min(limit, len(ids)))]
+        rows = [self._row(ids[a:b], supervised[a:b], text_bytes[a:b], truncated=len(ids) > limit) for a, b in windows]
+        rows = [row for row in rows if row.units]
+        if rows:
+            return rows
+        if not any(supervised[1:]):
+            return "no token is supervised"
+        return f"its first {limit} of {len(ids)} tokens hold nothing to learn"
+
+    def _render(self, example: Example, where: str) -> Rendered:
+        asked = self.config.data.supervise
+        if "messages" in example:
+            return render_messages(self.tokenizer, example["messages"], example.get("tools"), _turns(asked), where)
+        if "text" in example:
+            return Rendered(example["text"], [(0, len(example["text"]))])
+        prompt, completion = example["prompt"], example["completion"]
+        if isinstance(prompt, list):
+            return render_messages(self.tokenizer, [*prompt, *completion], example.get("tools"), "last" if asked == "auto" else _turns(asked), where)
+        end = self.tokenizer.eos_token or ""
+        text = prompt + completion + ("" if end and completion.endswith(end) else end)
+        return Rendered(text, [(0 if asked == "all" else len(prompt), len(text))])
+
+    def _close(self, ids: list[int], supervised: list[bool], text_bytes: list[int]) -> tuple[list[int], list[bool], list[int]]:
+        """End a document with the end-of-text token, so that the model learns to stop."""
+        end = self.tokenizer.eos_token_id
+        if end is None or (ids and ids[-1] == end):
+            return ids, supervised, text_bytes
+        return [*ids, end], [*supervised, True], [*text_bytes, 0]
+
+    def _row(self, ids: list[int], supervised: list[bool], text_bytes: list[int], truncated: bool) -> EncodedRow:
+        # the first token has no predecessor to predict it from
+        targets = [False, *supervised[1:]]
+        columns = {"supervised": targets, "text_bytes": [n if is_target else 0 for n, is_target in zip(text_bytes, targets, strict=True)]}
+        return EncodedRow(ids, sum(targets), columns, truncated)
+
+    def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:
+        batch = pad_tokens(data, rows, padding_id(self.tokenizer))
+        labels = np.full(batch["input_ids"].shape, IGNORED, dtype=np.int64)
+        text_bytes = 0
+        for line, row in enumerate(rows):
+            taught = data.token_column("supervised", int(row))
+            labels[line, : len(taught)][taught] = data.tokens(int(row))[taught]
+            text_bytes += int(data.token_column("text_bytes", int(row)).sum())
+        return batch | {"labels": torch.from_numpy(labels), "text_bytes": torch.tensor(text_bytes)}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, length, vocabulary) in the model's compute dtype."""
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        shifted = logits[:, :-1].float().flatten(0, 1)
+        return F.cross_entropy(shifted, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def meter(self) -> "LanguageMeter":
+        return LanguageMeter(self)
+
+
+class LanguageMeter:
+    """loss (nats per supervised token), perplexity, bits_per_byte (of supervised text), token_accuracy."""
+
+    def __init__(self, task: CausalLM) -> None:
+        self.task = task
+        self.nats = self.tokens = self.right = self.text_bytes = 0.0
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        targets = batch["labels"][:, 1:]
+        self.nats += float(self.task.loss(logits, batch))
+        self.tokens += float((targets != IGNORED).sum())
+        self.right += float((logits[:, :-1].argmax(-1) == targets).sum())
+        self.text_bytes += float(batch["text_bytes"])
+
+    def compute(self) -> dict[str, Any]:
+        loss = self.nats / self.tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": self.nats / math.log(2) / self.text_bytes if self.text_bytes else None,
+            "token_accuracy": self.right / self.tokens,
+            "tokens": int(self.tokens),
+        }
+
+
+def _turns(asked: str) -> Literal["assistant", "last", "all"]:
+    return "last" if asked == "last" else "all" if asked == "all" else "assistant"
+
+
+def _nothing_new(model: PreTrainedModel, name: str) -> bool:
+    return False
+
+
+def _output_names(model: PreTrainedModel) -> list[str]:
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is output]

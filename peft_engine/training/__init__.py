@@ -1,0 +1,1 @@
+"""Training: one loop for a group of members, its step, optimizer, checkpoints and guards."""

@@ -1,0 +1,174 @@
+"""Checkpoints: complete or not there, never half, never pickled.
+
+`step-N/` is written beside its place and renamed into it; MANIFEST.json (sha256 of every file, and of every trained
+tensor) is written last. Random state needs no file: it is a function of (seed, step), see `runtime.seed_everything`,
+and so is the data order (`data.batching`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..adapters.files import refuse_difference
+from ..errors import ConfigError, StorageError
+from .state import Trainee
+
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+SEPARATOR = "::"  # between a parameter's index and its optimizer state's name
+
+
+def save_checkpoint(folder: Path, step: int, trainees: list[Trainee], run_state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step-N` and delete older ones beyond `keep`; the new one is complete before any is deleted."""
+    final = folder / f"step-{step}"
+    part = folder / f".step-{step}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    digests: dict[str, dict[str, str]] = {}
+    state: dict[str, Any] = {"run": run_state, "members": {}}
+    for trainee in trainees:
+        name = trainee.member.spec.name
+        tensors = {key: t.detach().cpu().contiguous() for key, t in trainee.member.tensors.items()}
+        digests[name] = {key: digest_tensor(t) for key, t in tensors.items()}
+        save_file(tensors, part / f"{name}.adapter.safetensors")
+        if trainee.best_tensors:
+            save_file(trainee.best_tensors, part / f"{name}.best.safetensors")
+        flat, scalars = _flatten_optimizer(trainee.optimizer)
+        save_file(flat, part / f"{name}.optimizer.safetensors")
+        state["members"][name] = {"trainee": trainee.to_json(), "optimizer": scalars, "initial": _digest_all(trainee.member.initial)}
+    (part / STATE).write_text(json.dumps(state))
+    files = {path.name: digest_file(path) for path in sorted(part.iterdir())}
+    (part / MANIFEST).write_text(json.dumps({"step": step, "files": files, "tensors": digests}, indent=1))
+    for path in part.iterdir():
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    _flush(folder)
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints with a manifest, oldest first."""
+    steps = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
+    return sorted(steps, key=lambda p: int(p.name[5:]))
+
+
+def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]:
+    """Put every member back where it was, and compare the live tensors with the manifest (trap 11).
+
+    Returns:
+        The `run_state` it was saved with.
+
+    Raises:
+        StorageError: a file is missing or altered, or its tensors are not exactly those of this run.
+    """
+    manifest = verify_files(checkpoint)
+    state = read_state(checkpoint)
+    names = [trainee.member.spec.name for trainee in trainees]
+    if names != list(state["members"]):
+        raise ConfigError(f"{checkpoint} holds members {list(state['members'])}, this run has {names}.", "Resume with the config it began with.")
+    for trainee in trainees:
+        name = trainee.member.spec.name
+        saved = state["members"][name]
+        tensors = load_file(checkpoint / f"{name}.adapter.safetensors")
+        refuse_difference(trainee.member.tensors, tensors, str(checkpoint))
+        with torch.no_grad():
+            for key, parameter in trainee.member.tensors.items():
+                parameter.copy_(tensors[key])
+        live = _digest_all(trainee.member.tensors)
+        wrong = [key for key in live if live[key] != manifest["tensors"][name].get(key)]
+        if wrong:
+            raise StorageError(f"{checkpoint}: {len(wrong)} tensors were not restored as saved, {wrong[0]} first.", "Resume from an older checkpoint.")
+        if saved["initial"] != _digest_all(trainee.member.initial):
+            raise ConfigError(f"{checkpoint}: this machine starts adapter.init from other values than the run did.", "Resume on the same machine and versions.")
+        optimizer = _read_optimizer(checkpoint / f"{name}.optimizer.safetensors", saved["optimizer"])
+        trainee.optimizer.load_state_dict(optimizer)
+        trainee.restore(saved["trainee"])
+        best = checkpoint / f"{name}.best.safetensors"
+        trainee.best_tensors = load_file(best) if best.is_file() else {}
+    run_state: dict[str, Any] = state["run"]
+    return run_state
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def verify_files(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, after every file's sha256 was compared with it."""
+    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+    for name, digest in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file() or digest_file(path) != digest:
+            raise StorageError(
+                f"{path} is {'altered' if path.is_file() else 'missing'}: its sha256 is not the one in {MANIFEST}.",
+                f"Delete {checkpoint} to resume from the checkpoint before it.",
+            )
+    return manifest
+
+
+def digest_tensor(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and bytes."""
+    flat = tensor.detach().cpu().contiguous()
+    head = f"{flat.dtype}{tuple(flat.shape)}".encode()
+    return hashlib.sha256(head + flat.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_all(tensors: Any) -> dict[str, str]:
+    return {name: digest_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors and as JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}{SEPARATOR}{name}"] = value.detach().cpu().contiguous().clone()
+            else:
+                scalars.setdefault(str(index), {})[name] = value
+    rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+    assert not rest, f"optimizer state of an unknown form: {list(rest)}"
+    return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def _read_optimizer(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise StorageError(f"{path} can't be read: {error}.", "Resume from an older checkpoint.") from error
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(SEPARATOR, 1)
+        state.setdefault(int(index), {})[name] = tensor
+    for index, values in saved["scalars"].items():
+        state.setdefault(int(index), {}).update(values)
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in saved["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

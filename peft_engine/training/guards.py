@@ -1,0 +1,112 @@
+"""What watches a run: dead gradients, loss that is not finite, memory, signals."""
+
+import errno
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..adapters.group import Member
+from ..data.encoding import EncodedSet
+from ..errors import ConfigError, Interrupted
+from ..runtime import Runtime
+from ..tasks.base import Task, to_device
+
+
+def check_gradients(member: Member) -> None:
+    """After the first backward every trainable tensor has a gradient (trap 6).
+
+    Its value may be zero: LoRA's A has an exactly zero gradient while B is zero.
+    """
+    dead = [name for name, tensor in member.tensors.items() if tensor.grad is None]
+    if dead:
+        raise ConfigError(
+            f"{len(dead)} of {len(member.tensors)} trainable tensors got no gradient, so they would never learn: {', '.join(dead[:3])}.",
+            "The model does not use them in this task, or gradient checkpointing cuts them off: adapt other modules, "
+            "or set training.gradient_checkpointing: false.",
+        )
+
+
+def check_moving(member: Member, starts_at_zero: bool) -> None:
+    """After two updates at a learning rate above 0, no LoRA B that started at zero is still zero (trap 6)."""
+    if not starts_at_zero:
+        return
+    still = [name for name, tensor in member.tensors.items() if ".lora_B." in name and not bool(tensor.detach().any())]
+    if still:
+        raise ConfigError(
+            f"{len(still)} adapters have not moved after two optimizer steps: {', '.join(still[:3])}.",
+            "Their gradient is zero: adapt modules that reach the loss, or set training.gradient_checkpointing: false.",
+        )
+
+
+def rows_not_finite(model: nn.Module, task: Task, data: EncodedSet, rows: np.ndarray, runtime: Runtime) -> list[int]:
+    """Those of `rows` whose own loss is not finite, found one by one without gradients."""
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            batch = to_device(task.collate(data, np.array([row])), runtime.device)
+            with runtime.accelerator.autocast():
+                logits = task.forward(model, batch)
+            if not torch.isfinite(task.loss(logits, batch)):
+                found.append(int(row))
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text or "out of memory" in text)
+
+
+class Signals:
+    """SIGINT and SIGTERM as a request: the loop asks `wanted` between steps, writes a checkpoint and stops.
+
+    A second signal stops at once. Outside `deferred` a signal raises `Interrupted` where it hits.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: str | None = None
+        self._deferred = False
+
+    @contextmanager
+    def handled(self) -> Iterator["Signals"]:
+        """Install the handlers (in the main thread), and put the old ones back."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While active, a first signal only sets `wanted`."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self._deferred or self.wanted:
+            raise Interrupted(f"{name}: stopped.", "Run the same command with --resume to go on from the last checkpoint, if there is one.")
+        self.wanted = name
+
+
+def describe_rows(data: EncodedSet, where: list[str], rows: list[int]) -> list[dict[str, Any]]:
+    """Provenance of encoded rows, for messages and failure.json."""
+    return [{"row": where[int(data.rows[row])], "tokens": int(data.lengths[row])} for row in rows]

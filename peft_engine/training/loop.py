@@ -1,0 +1,261 @@
+"""The loop: drives a group of members over one backbone, from any step to the last. A single run is a group of one."""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapters.group import Group, Member
+from ..config import Config
+from ..data.encoding import EncodedSet
+from ..errors import BudgetReached, Diverged, Interrupted, OutOfMemory
+from ..meters.cost import cost_usd
+from ..meters.memory import LiveBytes
+from ..runtime import Runtime, seed_everything
+from ..tasks.base import Task
+from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
+from .optim import make_schedule, set_learning_rate
+from .state import Trainee
+from .step import Gradients, clip, cut, gradients
+
+SKIPS_IN_A_ROW = 50  # fp16 scaler: so many steps without a finite gradient are a divergence
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What happens around the steps.
+
+    Attributes:
+        evaluate: metrics of a member on the evaluation split; None where there is none.
+        log: takes a row for metrics.jsonl.
+        save: takes the step; writes a complete checkpoint.
+        fail: takes a record of a failure.
+        progress: takes the step, the number of steps and the last row's figures.
+        elapsed: wall seconds of the run so far, earlier sessions of a resumed run included.
+    """
+
+    evaluate: Callable[[Member], dict[str, Any]] | None
+    log: Callable[[dict[str, Any]], None]
+    save: Callable[[int], None]
+    fail: Callable[[dict[str, Any]], None]
+    progress: Callable[[int, int, dict[str, Any]], None]
+    elapsed: Callable[[], float]
+
+
+@dataclass
+class Loop:
+    """Everything that stays the same from step to step."""
+
+    group: Group
+    task: Task
+    data: EncodedSet
+    where: list[str]
+    trainees: list[Trainee]
+    config: Config
+    runtime: Runtime
+    total_steps: int
+    hooks: Hooks
+    signals: Signals
+
+    def run(self) -> None:
+        """Train to the last step, or until every member stopped early.
+
+        Raises:
+            Diverged, OutOfMemory, BudgetReached, Interrupted: each after a complete checkpoint, where a step was done.
+        """
+        settings = self.config.training
+        per_epoch = self.trainees[0].plan.steps_per_epoch
+        evaluate_every, save_every = settings.eval_every or per_epoch, settings.save_every or per_epoch
+        schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
+        self.group.model.train()
+        for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
+            for trainee in self.trainees:
+                if trainee.step < step and not trainee.stopped:
+                    self._advance(trainee, step, schedule(step))
+            last = step == self.total_steps
+            if step % evaluate_every == 0 or last:
+                self._evaluate_all(step)
+            last = last or all(t.stopped for t in self.trainees)
+            reason = self._stop_reason()
+            if step % save_every == 0 or last or reason:
+                self.hooks.save(step)
+            if reason and not last:
+                raise reason
+            if last:
+                break
+        self._restore_best()
+
+    def _advance(self, trainee: Trainee, step: int, factor: float) -> None:
+        """One optimizer step of one member."""
+        start = time.perf_counter()
+        settings = self.config.training
+        tensors = list(trainee.member.tensors.values())
+        self.group.activate(trainee.member)
+        heavy = self.runtime.device.type == "cpu" and step == trainee.plan.heaviest_step(self.total_steps)
+        meter = LiveBytes(self._resident(trainee)) if heavy else None
+        with meter or nullcontext():
+            found = self._gradients(trainee, step)
+            loss, norm = float(found.loss), float(found.norm)
+            self._refuse_not_finite(trainee, step, loss, norm)
+            if trainee.step == 0:
+                check_gradients(trainee.member)
+            clip(tensors, found.norm, settings.max_grad_norm)
+            set_learning_rate(trainee.optimizer, factor)
+            self._update(trainee)
+        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.step = step
+        trainee.updates += factor > 0
+        if factor > 0 and trainee.updates == 2:
+            check_moving(trainee.member, self.config.adapter.init == "default")
+        if meter:
+            trainee.live_bytes = max(meter.peak, trainee.live_bytes or 0)
+        self._note(trainee, step, loss, norm, time.perf_counter() - start, measured=heavy)
+
+    def _gradients(self, trainee: Trainee, step: int) -> Gradients:
+        """Gradients of a step; halves the micro-batch on out-of-memory and begins the same step again (trap 24)."""
+        rows = trainee.plan.rows(step)
+        units = int(self.data.units[rows].sum())
+        own = rows[self.runtime.rank :: self.runtime.world]
+        tensors = list(trainee.member.tensors.values())
+        while True:
+            seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)
+            size = trainee.micro_batch_size
+            try:
+                found = gradients(self.group.model, self.task, self.data, cut(own, size), units, tensors, self.runtime)
+                return self._unscaled(trainee, found)
+            except (RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1 or self.config.training.micro_batch_size != "auto":
+                    raise self._out_of_memory(size, error) from error
+            trainee.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            trainee.micro_batch_size = math.ceil(min(size, len(own)) / 2)
+            self.hooks.log({"step": step, "event": "out_of_memory", "micro_batch_size": trainee.micro_batch_size})
+
+    def _unscaled(self, trainee: Trainee, found: Gradients) -> Gradients:
+        """fp16: take the loss scale out of the gradients before anything looks at their norm."""
+        scaler = self.runtime.accelerator.scaler
+        if scaler is None:
+            return found
+        scaler.unscale_(trainee.optimizer)
+        grads = [t.grad for t in trainee.member.tensors.values() if t.grad is not None]
+        return Gradients(found.loss, torch.nn.utils.get_total_norm(grads))
+
+    def _update(self, trainee: Trainee) -> None:
+        scaler = self.runtime.accelerator.scaler
+        try:
+            if scaler is None:
+                trainee.optimizer.step()
+            else:
+                scaler.step(trainee.optimizer)
+                scaler.update()
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(trainee.micro_batch_size, error) from error
+            raise
+
+    def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
+        return OutOfMemory(
+            f"Memory ran out with {size} sequence(s) of up to {int(self.data.lengths.max())} tokens at once: {str(error).splitlines()[0]}",
+            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, or adapt less.",
+        )
+
+    def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
+        """Stop before the update, with the weights still good (trap 25)."""
+        scaled = self.runtime.accelerator.scaler is not None
+        if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+            trainee.skipped = 0 if math.isfinite(norm) else trainee.skipped + 1
+            if trainee.skipped < SKIPS_IN_A_ROW:
+                return
+        trainee.optimizer.zero_grad(set_to_none=True)
+        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime)
+        rows = describe_rows(self.data, self.where, bad or [int(r) for r in trainee.plan.rows(step)])
+        self.hooks.fail({"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows})
+        if trainee.step:
+            self.hooks.save(trainee.step)
+        which = f"rows that do it by themselves: {', '.join(r['row'] for r in rows[:3])}" if bad else f"no single row does it; the batch began with {rows[0]['row']}"
+        raise Diverged(
+            f"Step {step}: loss {loss}, gradient norm {norm}; {which}.",
+            "Lower training.learning_rate, use a wider precision, or mend the rows (failure.json lists them). The weights before this step are kept.",
+        )
+
+    def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
+        """Add a step to the meters, and write a row every `log_every` steps."""
+        rows = trainee.plan.rows(step)
+        tokens, units = int(self.data.lengths[rows].sum()), int(self.data.units[rows].sum())
+        trainee.total_tokens += tokens
+        trainee.train_seconds += seconds
+        if not measured and step > 1:
+            trainee.step_seconds.append(seconds)
+            trainee.timed_tokens += tokens
+        window = trainee.window
+        for name, value in {"loss": loss * units, "units": units, "tokens": tokens, "seconds": seconds}.items():
+            window[name] += value
+        row = {
+            "step": step,
+            "epoch": step / trainee.plan.steps_per_epoch,
+            "loss": window["loss"] / max(1, window["units"]),
+            "learning_rate": trainee.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "tokens_per_second": window["tokens"] / window["seconds"],
+        }
+        if step % self.config.training.log_every == 0 or step == self.total_steps:
+            self.hooks.log(self._named(trainee, row))
+            trainee.window = dict.fromkeys(window, 0)
+        self.hooks.progress(step, self.total_steps, row)
+
+    def _evaluate_all(self, step: int) -> None:
+        for trainee in self.trainees:
+            if trainee.stopped or self.hooks.evaluate is None:
+                continue
+            metrics = self.hooks.evaluate(trainee.member)
+            trainee.evaluations.append({"step": step, **metrics})
+            self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
+            self._judge(trainee, step, float(metrics[self.task.primary]))
+
+    def _judge(self, trainee: Trainee, step: int, value: float) -> None:
+        """Early stopping and the best weights so far."""
+        stopping = self.config.training.early_stopping
+        gain = math.inf if trainee.best_value is None else value - trainee.best_value
+        if not self.task.maximize and trainee.best_value is not None:
+            gain = -gain
+        if gain > (stopping.min_delta if stopping else 0.0):
+            trainee.best_value, trainee.best_step, trainee.waited = value, step, 0
+            if self.config.training.restore_best:
+                trainee.best_tensors = {name: t.detach().cpu().clone() for name, t in trainee.member.tensors.items()}
+        else:
+            trainee.waited += 1
+        trainee.stopped = bool(stopping and trainee.waited >= stopping.patience)
+
+    def _restore_best(self) -> None:
+        for trainee in self.trainees:
+            with torch.no_grad():
+                for name, tensor in trainee.best_tensors.items():
+                    trainee.member.tensors[name].copy_(tensor)
+
+    def _stop_reason(self) -> Interrupted | BudgetReached | None:
+        if self.signals.wanted:
+            return Interrupted(f"{self.signals.wanted}: stopped after a complete checkpoint.", "Run the same command with --resume.")
+        budget, seconds = self.config.budget, self.hooks.elapsed()
+        spent = cost_usd(seconds, budget.usd_per_hour)
+        if budget.max_hours is not None and seconds >= budget.max_hours * 3600:
+            return BudgetReached(f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume.")
+        if budget.max_usd is not None and spent is not None and spent >= budget.max_usd:
+            return BudgetReached(f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume.")
+        return None
+
+    def _resident(self, trainee: Trainee) -> list[torch.Tensor]:
+        """Tensors that live from step to step: all weights and buffers, every member's optimizer state."""
+        states = [v for t in self.trainees for s in t.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        return [*self.group.model.parameters(), *self.group.model.buffers(), *states]
+
+    def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:
+        return row if len(self.trainees) == 1 else {"member": trainee.member.spec.name, **row}

@@ -1,0 +1,200 @@
+"""Use a finished run: open its adapter, then evaluate, predict, generate or export."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .adapters.files import load_adapter
+from .adapters.group import Group
+from .config import Config
+from .config_reading import load_config
+from .data.encoding import encode_split
+from .data.labels import Labels
+from .data.splitting import Split, load_one, load_splits
+from .errors import ConfigError, DataError
+from .evaluation import evaluate_split, exact_match, generate_text, predict_classes, prompt_and_answer
+from .exporting import Drift, export_merged, read_labels, verify_adapter
+from .run_directory import storage_errors
+from .runtime import Runtime, start
+from .tasks import Task, make_task
+from .tasks.text_classification import TextClassification
+
+
+@dataclass
+class Opened:
+    """A run's adapter on its backbone, ready for use."""
+
+    folder: Path
+    config: Config
+    labels: Labels | None
+    task: Task
+    runtime: Runtime
+    group: Group
+
+
+def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
+    """Load the adapter of a run.
+
+    Args:
+        path: the run directory, or the config whose `output` it is.
+
+    Raises:
+        ConfigError: there is no finished run.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        folder = Path(load_config(folder, overrides).output).expanduser()
+    settings = folder / "config.yaml"
+    if not settings.is_file():
+        raise ConfigError(f"{folder} holds no run (no config.yaml).", "Give a run directory, or the config of a run that was trained.")
+    if not (folder / "adapter").is_dir():
+        raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
+    config = load_config(settings, overrides)
+    labels = read_labels(folder / "adapter")
+    runtime = start(config)
+    task = make_task(config, labels)
+    group = load_adapter(task.load(runtime.device), config, folder / "adapter")
+    return Opened(folder, config, labels, task, runtime, group)
+
+
+def evaluate(path: str | Path, split: Literal["train", "eval", "test"] = "test", *, data: str | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Metrics of a run's adapter on one of its splits, or on a file with the same columns.
+
+    Returns:
+        {"split", "rows", "metrics"}.
+    """
+    opened = open_run(path, overrides)
+    config = opened.config
+    if data is not None:
+        chosen, _ = load_one(data, config, need_label=True, default_split="test")
+    else:
+        found = getattr(load_splits(config), split)
+        if found is None:
+            raise ConfigError(f"This run has no {split} split.", "Name another with --split, or a file with --data.")
+        chosen = found
+    encoded = encode_split(chosen, opened.task.encode, opened.task.fingerprint(), config.data.max_dropped, None)
+    size = config.evaluation.batch_size or config.training.batch_size
+    with opened.group.evaluating(opened.group.members[0]) as model:
+        metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
+        if config.evaluation.generate_rows and config.task == "causal-lm":
+            examples = chosen.examples[: config.evaluation.generate_rows]
+            metrics |= exact_match(model, opened.task.tokenizer, examples, config.evaluation.max_new_tokens, size)
+    return {"split": data or split, "rows": len(chosen.examples), "metrics": metrics}
+
+
+def predict(path: str | Path, source: str, target: str | Path | None = None, *, overrides: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Predict every row of a file: class and probabilities, or generated text.
+
+    Args:
+        source: file with the text (or prompt, or messages) columns of training; labels are not needed.
+        target: .csv or .jsonl to write; the source's columns are kept.
+
+    Returns:
+        The rows, each with `predicted` (and `probabilities` for classes).
+    """
+    suffix = Path(target).suffix if target else ".jsonl"
+    if suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"output {target}: got {suffix or 'no ending'}, expected .csv or .jsonl.", "Name it so.")
+    if target and Path(target).exists() and Path(target).samefile(source):
+        raise ConfigError(f"output {target} is the input.", "Name another file.")
+    opened = open_run(path, overrides)
+    split, rows = load_one(source, opened.config, need_label=False, default_split="test")
+    found = _classes(opened, split) if isinstance(opened.task, TextClassification) else _texts(opened, split)
+    result = [{**row, **prediction} for row, prediction in zip(rows.rows, found, strict=True)]
+    if target:
+        with storage_errors(Path(target)):
+            Path(target).write_text(_as_csv(result) if suffix == ".csv" else _as_jsonl(result), encoding="utf-8")
+    return result
+
+
+def generate(path: str | Path, prompt: str, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0, streamer: Any = None) -> str:
+    """Continue a prompt, through the chat template where the model has one and was trained on conversations."""
+    opened = open_run(path)
+    tokenizer = opened.task.tokenizer
+    if opened.config.task != "causal-lm":
+        raise ConfigError(f"generate needs a causal-lm run, this one is {opened.config.task}.", "Use predict.")
+    templated = bool(tokenizer.chat_template)
+    if system and not templated:
+        raise ConfigError("--system needs a model with a chat template.", "Put it into the prompt.")
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+    text = prompt_and_answer({"messages": messages}, tokenizer)[0] if templated else prompt
+    with opened.group.evaluating(opened.group.members[0]) as model:
+        make = streamer(tokenizer) if streamer else None
+        return generate_text(model, tokenizer, [text], max_new_tokens, templated=templated, temperature=temperature, streamer=make)[0]
+
+
+def export(path: str | Path, *, merged: bool = False, target: str | Path | None = None) -> tuple[Path, Drift]:
+    """Verify a run's adapter in plain peft, or write the merged model and verify it in plain transformers.
+
+    Args:
+        merged: fold the adapter into the weights and write an ordinary model folder.
+        target: where; `<run>/merged` by default. For adapters: a copy of the folder, or none.
+
+    Returns:
+        The folder, and how far the reloaded model's logits are from the trained one's.
+    """
+    opened = open_run(path)
+    if not merged:
+        drift = verify_adapter(opened.group, opened.config, opened.labels, opened.folder / "adapter")
+        folder = opened.folder / "adapter"
+        return (_copy(folder, Path(target)) if target else folder), drift
+    folder = Path(target) if target else opened.folder / "merged"
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty.", "Name another folder with --to, or delete it.")
+    with storage_errors(folder):
+        return folder, export_merged(opened.group, opened.config, opened.task, opened.labels, folder)
+
+
+def _copy(folder: Path, target: Path) -> Path:
+    import shutil
+
+    if target.exists():
+        raise ConfigError(f"{target} already exists.", "Name another folder with --to.")
+    with storage_errors(target):
+        shutil.copytree(folder, target)
+    return target
+
+
+def _classes(opened: Opened, split: Split) -> list[dict[str, Any]]:
+    assert isinstance(opened.task, TextClassification)
+    encoded = encode_split(split, opened.task.encode, {}, 0.0, None)
+    size = opened.config.evaluation.batch_size or opened.config.training.batch_size
+    with opened.group.evaluating(opened.group.members[0]) as model:
+        found = predict_classes(model, opened.task, encoded, size, opened.runtime)
+    return [
+        {"predicted": one["value"]} if "value" in one else {"predicted": one["label"], "probabilities": one["probabilities"]} for one in found
+    ]
+
+
+def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
+    settings, tokenizer = opened.config.evaluation, opened.task.tokenizer
+    size = settings.batch_size or opened.config.training.batch_size
+    prompts = [prompt_and_answer(example, tokenizer)[0] for example in split.examples]
+    if not prompts:
+        raise DataError("There are no rows to predict.", "Give a file with rows.")
+    templated = "messages" in split.examples[0] or isinstance(split.examples[0].get("prompt"), list)
+    texts: list[str] = []
+    with opened.group.evaluating(opened.group.members[0]) as model:
+        for start_row in range(0, len(prompts), size):
+            texts += generate_text(model, tokenizer, prompts[start_row : start_row + size], settings.max_new_tokens, templated=templated)
+    return [{"predicted": text} for text in texts]
+
+
+def _as_jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    flat = []
+    for row in rows:
+        shares = row.get("probabilities", {})
+        plain = {k: v if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False) for k, v in row.items() if k != "probabilities"}
+        flat.append(plain | {f"probability.{name}": share for name, share in shares.items()})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(dict.fromkeys(key for row in flat for key in row)))
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()

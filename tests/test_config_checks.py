@@ -1,0 +1,184 @@
+"""Checks between settings."""
+
+from typing import Any
+
+import pytest
+
+from peft_engine.config_reading import load_config
+from peft_engine.config_yaml import parse
+from peft_engine.errors import ConfigError
+
+
+def tree(task: str, **sections: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {"task": task, "model": {"path": "m"}, "data": {"train": "t"}, "output": "o"}
+    for name, settings in sections.items():
+        new = parse(settings, "f").tree if isinstance(settings, str) else settings
+        base[name] = base.get(name, {}) | new if isinstance(new, dict) else new
+    return base
+
+
+def faults(task: str, **sections: Any) -> list[str]:
+    """The messages, or none where the configuration loads."""
+    try:
+        load_config(tree(task, **sections))
+    except ConfigError as error:
+        return [line.removeprefix("settings: ") for line in str(error).splitlines()]
+    return []
+
+
+@pytest.mark.parametrize("method", ["full", "head", "bitfit"])
+def test_lora_settings_need_lora(method: str) -> None:
+    settings = (
+        "{rank: 16, alpha: 32, dropout: 0.1, targets: all-linear, layers: [0], rank_pattern: {a: 1}, "
+        "alpha_pattern: {a: 1}, modules_to_save: [x], rslora: true, dora: true, init: pissa, bias: all, "
+        "lora_plus_ratio: 16, options: {layers_pattern: h}}"
+    )
+    given = parse(settings, "f").tree
+    found = faults("causal-lm", adapter={"method": method, **given})
+    assert {line.split(":")[0] for line in found} == {f"adapter.{name}" for name in given}
+    assert all(f"applies to adapter.method lora only, and the method is {method}; remove it" in line for line in found)
+
+
+def test_settings_that_ask_for_nothing_may_stand() -> None:
+    assert not faults("causal-lm", adapter="{method: head, dora: false, rank_pattern: {}, bias: none, layers: null}")
+    assert not faults("causal-lm", model={"pooling": "auto"}, data={"labels": None, "label_type": "auto"})
+    assert not faults("text-classification", evaluation={"generate_rows": 0}, data={"supervise": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("task", "section", "settings", "name"),
+    [
+        ("causal-lm", "model", "{pooling: mean}", "model.pooling"),
+        ("causal-lm", "data", "{labels: [a, b]}", "data.labels"),
+        ("causal-lm", "data", "{label_type: single}", "data.label_type"),
+        ("causal-lm", "data", "{columns: {label: x}}", "data.columns.label"),
+        ("text-classification", "data", "{supervise: last}", "data.supervise"),
+        ("text-classification", "data", "{columns: {messages: x}}", "data.columns.messages"),
+        ("text-classification", "evaluation", "{generate_rows: 5}", "evaluation.generate_rows"),
+    ],
+)
+def test_settings_of_the_other_task(task: str, section: str, settings: str, name: str) -> None:
+    other = {"causal-lm": "text-classification", "text-classification": "causal-lm"}[task]
+    assert faults(task, **{section: settings}) == [
+        f"{name}: applies to task {other} only, and the task is {task}; remove it"
+    ]
+    assert not faults(other, **{section: settings})
+
+
+@pytest.mark.parametrize("setting", ["early_stopping: {patience: 2}", "restore_best: true", "eval_every: 5"])
+def test_what_needs_an_evaluation_split(setting: str) -> None:
+    (line,) = faults("causal-lm", training=f"{{{setting}}}", data="{split: {eval: 0}}")
+    assert line == (
+        f"training.{setting.split(':')[0]}: needs an evaluation split, and there is none; "
+        "give data.eval, or a data.split.eval above 0"
+    )
+    assert not faults("causal-lm", training=f"{{{setting}}}")
+    assert not faults("causal-lm", training=f"{{{setting}}}", data="{eval: e, split: {eval: 0}}")
+
+
+def test_splits_leave_something_to_train_on() -> None:
+    (line,) = faults("causal-lm", data="{split: {eval: 0.5, test: 0.5}}")
+    assert line == "data.split: eval 0.5 and test 0.5 leave nothing to train on; their sum must be below 1"
+    assert not faults("causal-lm", data="{eval: e, split: {eval: 0.5, test: 0.5}}")
+
+
+@pytest.mark.parametrize("name", ["eval", "test"])
+def test_measuring_on_the_training_data(name: str) -> None:
+    (line,) = faults("causal-lm", data={name: "t"})
+    assert line.startswith(f"data.{name}: got t, the same as data.train")
+
+
+@pytest.mark.parametrize(
+    ("task", "section", "settings", "message"),
+    [
+        ("causal-lm", "budget", "{max_usd: 2}", "budget.max_usd: needs budget.usd_per_hour, the price of this machine"),
+        ("causal-lm", "budget", "{max_usd: 2, usd_per_hour: 0}", "budget.max_usd: needs budget.usd_per_hour"),
+        ("text-classification", "data", "{labels: [a, b, a]}", "data.labels: got a more than once"),
+        ("text-classification", "data", "{labels: [1, '1']}", "data.labels: got 1 more than once"),
+        ("text-classification", "data", "{labels: [a]}", "data.labels: got 1 class(es), expected two or more"),
+        ("text-classification", "data", "{labels: [a, b], label_type: regression}", "data.labels: regression has no"),
+        ("causal-lm", "adapter", "{targets: []}", "adapter.targets: names no module"),
+        ("causal-lm", "adapter", "{targets: [all-linear]}", "adapter.targets: all-linear stands alone"),
+        ("causal-lm", "adapter", "{targets: 'q_proj, v_proj'}", "expected a list; write [q_proj, v_proj]"),
+        ("causal-lm", "adapter", "{targets: '*.q'}", "adapter.targets: got '*.q', expected a regular expression"),
+        ("causal-lm", "adapter", "{targets: .*q, layers: [1]}", "adapter.layers: can't be combined with a regular"),
+        ("causal-lm", "adapter", "{rank_pattern: {'(': 1}}", "adapter.rank_pattern.(: got '(', expected a regular"),
+        ("causal-lm", "training", "{warmup: 1.5}", "training.warmup: got 1.5; from 1 up it is a number of steps"),
+        ("causal-lm", "training", "{warmup: 100, steps: 50}", "training.warmup: got 100 steps of warm-up in 50 steps"),
+        (
+            "causal-lm",
+            "training",
+            "{micro_batch_size: 32}",
+            "training.micro_batch_size: got 32, more than training.batch",
+        ),
+        ("causal-lm", "training", "{optimizer: adafactor, betas: [0.8, 0.9]}", "training.betas: has no effect with"),
+        ("causal-lm", "model", "{path: ''}", "model.path: got an empty text, expected a name or a path"),
+    ],
+)
+def test_contradictions(task: str, section: str, settings: str, message: str) -> None:
+    (line,) = faults(task, **{section: settings})
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("budget", "{max_usd: 2, usd_per_hour: 1}"),
+        ("adapter", "{targets: '.*\\.(q|v)_proj'}"),
+        ("adapter", "{targets: [q_proj], layers: [0, 1]}"),
+        ("adapter", "{init: pissa, dora: true, rslora: true}"),
+        ("adapter", "{init: pissa_niter_16}"),
+        ("training", "{warmup: 10, steps: 50}"),
+        ("training", "{micro_batch_size: 16}"),
+    ],
+)
+def test_what_goes_together(section: str, settings: str) -> None:
+    assert not faults("causal-lm", **{section: settings})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{r: 3}", "adapter.options.r: is a setting of its own here; write adapter.rank"),
+        (
+            "{target_modules: [q]}",
+            "adapter.options.target_modules: is a setting of its own here; write adapter.targets",
+        ),
+        ("{use_dora: true}", "adapter.options.use_dora: is a setting of its own here; write adapter.dora"),
+        ("{inference_mode: true}", "adapter.options.inference_mode: is set by the engine; remove it"),
+        ("{exclude_module: [q]}", "peft's LoraConfig has no such field; nearest: exclude_modules"),
+        ("{use_dor: true}", "peft's LoraConfig has no such field; nearest: adapter.dora"),
+        ("{zzz: 1}", "peft's LoraConfig has no such field; it has "),
+        ("{layers_pattern: h}", "adapter.options: peft refuses these settings: When `layers_pattern` is specified"),
+    ],
+)
+def test_options_are_checked_against_peft(options: str, message: str) -> None:
+    (line,) = faults("causal-lm", adapter=f"{{options: {options}}}")
+    assert message in line
+
+
+def test_options_peft_takes() -> None:
+    assert not faults("causal-lm", adapter="{options: {lora_bias: true, exclude_modules: [q_proj]}}")
+    (line,) = faults("causal-lm", adapter="{dora: true, options: {lora_bias: true}}")
+    assert "lora_bias=True is not supported for DoRA" in line
+
+
+def test_each_of_our_names_for_peft_fields_exists_in_both() -> None:
+    from peft import LoraConfig
+
+    from peft_engine.config_checks import ENGINE_SETS, LORA_ONLY, OUR_NAMES, TASK_ONLY
+    from peft_engine.config_messages import at
+
+    assert {*OUR_NAMES, *ENGINE_SETS} <= set(LoraConfig.__dataclass_fields__)
+    assert all(at(tuple(name.split("."))) is not None for name in [*OUR_NAMES.values(), *LORA_ONLY, *TASK_ONLY])
+
+
+def test_checks_see_past_other_faults() -> None:
+    found = faults("causal-lm", adapter="{method: ia3, dora: 3}", budget="{max_usd: 1, usd_per_hour: x}", training=3)
+    assert [line.split(":")[0] for line in found] == [
+        "adapter.method",
+        "adapter.dora",
+        "training",
+        "budget.usd_per_hour",
+        "budget.max_usd",
+    ]
