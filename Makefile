@@ -15,7 +15,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	"$$p" -c '$(NEW_ENOUGH)' 2>/dev/null && { echo "$$p"; break; }; done)
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
-CONFIG ?= configs/quickstart.yaml
+CONFIG := configs/quickstart.yaml
+RUN := runs/quickstart
 PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
@@ -46,8 +47,9 @@ assets: setup
 
 quickstart: assets
 	$(BIN)/peft-engine train $(CONFIG) --overwrite
-	$(BIN)/peft-engine export $(CONFIG)
-	$(BIN)/peft-engine predict $(CONFIG) --text "area man wins argument with his own reflection"
+	$(BIN)/peft-engine export $(RUN)
+	@echo "area man wins argument with his own reflection" > $(RUN)/one.txt
+	$(BIN)/peft-engine predict $(RUN) --input $(RUN)/one.txt
 
 # tests/kernels runs in a process of its own: Triton's interpreter must be on before triton is imported
 test: assets

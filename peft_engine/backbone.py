@@ -101,7 +101,9 @@ def load_model(
             output_loading_info=True,
         )
     except SafetensorError as error:
-        raise StorageError(f"The weights of {settings.path} can't be read: {error}.", "Fetch the model again.") from error
+        raise StorageError(
+            f"The weights of {settings.path} can't be read: {error}.", "Fetch the model again."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _explain(settings, error, "model") from error
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
@@ -109,9 +111,14 @@ def load_model(
     wrong = [name for name in new if not may_be_new(model, name)]
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        hint = " For text-classification, model.pooling: mean does without the model's own pooler." if any("pooler" in name for name in wrong) else ""
+        hint = (
+            " For text-classification, model.pooling: mean does without the model's own pooler."
+            if any("pooler" in name for name in wrong)
+            else ""
+        )
         raise ConfigError(
-            f"{settings.path}: {len(wrong)} pretrained tensors are not in the checkpoint and would start at random: {shown}.",
+            f"{settings.path}: {len(wrong)} pretrained tensors are not in the checkpoint and would start at random: "
+            f"{shown}.",
             f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
         )
     return model.to(device), new
@@ -140,7 +147,9 @@ def digest_weights(model: nn.Module) -> str:
 
 def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over vocabulary, merges, normalisation, special tokens and chat template."""
-    content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    content = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     return hashlib.sha256("\0".join([content, special, template, type(tokenizer).__name__]).encode()).hexdigest()
@@ -171,15 +180,22 @@ def _refuse_missing(settings: ModelConfig) -> None:
             )
         return
     if path.is_file():
-        raise ConfigError(f"model.path: {settings.path} is a file; a model is a folder or a hub id.", "Give the folder.")
+        raise ConfigError(
+            f"model.path: {settings.path} is a file; a model is a folder or a hub id.", "Give the folder."
+        )
     looks_local = settings.path.startswith((".", "/", "~")) or settings.path.count("/") > 1
     if looks_local:
         beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = get_close_matches(str(path), beside, n=2, cutoff=0.5)
-        hints = [f"Near: {', '.join(near)}." if near else "", "`make assets` fetches the models of configs/." if ".assets" in path.parts else ""]
+        hints = [
+            f"Near: {', '.join(near)}." if near else "",
+            "`make assets` fetches the models of configs/." if ".assets" in path.parts else "",
+        ]
         if settings.hub_id:
             hints.append(f"With a network: --set model.path={settings.hub_id}")
-        raise ConfigError(f"model.path: there is no folder {settings.path}.", " ".join(filter(None, hints)) or "Check the path.")
+        raise ConfigError(
+            f"model.path: there is no folder {settings.path}.", " ".join(filter(None, hints)) or "Check the path."
+        )
 
 
 def _explain(settings: ModelConfig, error: Exception, what: str) -> ConfigError:
@@ -187,13 +203,19 @@ def _explain(settings: ModelConfig, error: Exception, what: str) -> ConfigError:
     text = str(error)
     where = f"model.path: {settings.path}" + (f" at revision {settings.revision}" if settings.revision else "")
     if "trust_remote_code" in text:
-        return ConfigError(f"{where} needs Python code that comes with the model.", "Read that code, then set model.trust_remote_code: true.")
+        return ConfigError(
+            f"{where} needs Python code that comes with the model.",
+            "Read that code, then set model.trust_remote_code: true.",
+        )
     if not Path(settings.path).expanduser().is_dir():
         return ConfigError(
             f"{where}: no such local folder, and the {what} could not be had from the hub ({_first_line(text)})",
             "Check the id, the network and HF_HUB_OFFLINE, or give a local folder.",
         )
-    return ConfigError(f"{where}: the {what} could not be loaded ({type(error).__name__}: {_first_line(text)})", "Check the folder's files.")
+    return ConfigError(
+        f"{where}: the {what} could not be loaded ({type(error).__name__}: {_first_line(text)})",
+        "Check the folder's files.",
+    )
 
 
 def _first_line(text: str) -> str:

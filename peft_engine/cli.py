@@ -12,8 +12,12 @@ import click
 
 from .errors import EngineError
 
-OVERRIDES = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting; may be repeated.")
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr.")
+OVERRIDES = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting; may be repeated."
+)
+AS_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."
+)
 RUN = click.argument("run", metavar="RUN")
 
 
@@ -96,7 +100,14 @@ def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, tem
     """Answer PROMPT with a run's adapter, streamed as it is made."""
     from .using import generate as run_generate
 
-    text = run_generate(run, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, streamer=None if as_json else _streamer)
+    text = run_generate(
+        run,
+        prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        streamer=None if as_json else _streamer,
+    )
     if as_json:
         click.echo(json.dumps({"text": text}, ensure_ascii=False))
 
@@ -111,9 +122,17 @@ def export(run: str, merged: bool, target: str | None, as_json: bool) -> None:
     from .using import export as run_export
 
     folder, drift = run_export(run, merged=merged, target=target)
-    found = {"folder": str(folder), "relative": drift.relative, "kl": drift.kl, "top1_agreement": drift.top1_agreement}
-    lib = "transformers" if merged else "transformers + peft"
-    text = f"{folder}: reloaded in plain {lib}; largest logit difference {drift.relative:.1e} of the largest logit, top-1 agreement {drift.top1_agreement:.1%}"
+    found = {
+        "folder": str(folder),
+        "relative": drift.relative,
+        "kl": drift.kl,
+        "top1_agreement": drift.top1_agreement,
+    }
+    library = "transformers" if merged else "transformers + peft"
+    text = (
+        f"{folder}: reloaded in plain {library}; largest logit difference {drift.relative:.1e} of the largest logit, "
+        f"top-1 agreement {drift.top1_agreement:.1%}"
+    )
     _show(found, as_json, lambda: click.echo(text))
 
 
@@ -210,12 +229,18 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
         if isinstance(after[name], float):
             click.echo(f"  {name:<18} {before.get(name, float('nan')):>10.4f} → {after[name]:.4f}")
     share = summary["trainable_parameters"] / summary["total_parameters"]
-    click.echo(f"  time               {summary['wall_seconds']:.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in summary['seconds'].items())})")
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary["seconds"].items())
+    click.echo(f"  time               {summary['wall_seconds']:.1f} s ({phases})")
     if summary["tokens_per_second"]:
-        click.echo(f"  speed              {summary['tokens_per_second']:,.0f} tokens/s, {summary['step_seconds'] * 1000:.0f} ms a step (median)")
+        milliseconds = summary["step_seconds"] * 1000
+        click.echo(
+            f"  speed              {summary['tokens_per_second']:,.0f} tokens/s, {milliseconds:.0f} ms a step (median)"
+        )
     if summary["peak_bytes"]:
-        click.echo(f"  peak memory        {summary['peak_bytes'] / 2**20:,.0f} MiB ({summary['peak_bytes_meaning']}), {summary['peak_rss_bytes'] / 2**20:,.0f} MiB resident")
-    click.echo(f"  trained            {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters ({share:.2%})")
+        click.echo(f"  peak memory        {summary['peak_bytes'] / 2**20:,.0f} MiB ({summary['peak_bytes_meaning']})")
+    click.echo(f"  resident           {summary['peak_rss_bytes'] / 2**20:,.0f} MiB at most")
+    trainable, total = summary["trainable_parameters"], summary["total_parameters"]
+    click.echo(f"  trained            {trainable:,} of {total:,} parameters ({share:.2%})")
     if summary["cost_usd"] is not None:
         click.echo(f"  cost               {summary['cost_usd']:.4f} USD")
     click.echo(f"  files              {output}/adapter, {output}/run.json, {output}/metrics.jsonl")

@@ -35,7 +35,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     name = "settings" if isinstance(source, Mapping) else str(source)
     parsed = from_python(source) if isinstance(source, Mapping) else parse(_text(Path(source)), name)
     if parsed.tree is None:
-        raise ConfigError(f"{name}: is empty.", "A start: peft-engine init writes a configuration with comments.")
+        raise ConfigError(f"{name}: is empty.", "A start: peft-engine init prints a configuration with comments.")
     if not isinstance(parsed.tree, dict):
         problem = f"{name}: got {show(parsed.tree)}, expected settings written `key: value`, one per line."
         raise ConfigError(problem, "See configs/quickstart.yaml.")
@@ -77,7 +77,7 @@ def _text(path: Path) -> str:
         files = [file for folder in folders for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES]
         stems = difflib.get_close_matches(path.stem, {file.stem for file in files}, n=3)
         near = [str(file) for file in files if file.stem in stems]
-        fix = f"Near names: {', '.join(near)}." if near else "A start: peft-engine init writes a configuration."
+        fix = f"Near names: {', '.join(near)}." if near else "A start: peft-engine init prints a configuration."
         raise ConfigError(f"{path}: there is no such file.", fix) from None
     except IsADirectoryError:
         inside = [file for file in (path / "config.yaml", *sorted(path.glob("*.y*ml"))) if file.is_file()]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .data.chat import render_prompt
+from .data.chat import render_prompt, stop_token_ids
 from .data.encoding import EncodedSet
 from .data.formats import Example
 from .errors import OutOfMemory
@@ -30,7 +30,9 @@ def evaluate_split(model: nn.Module, task: Task, data: EncodedSet, batch_size: i
     return meter.compute()
 
 
-def predict_classes(model: nn.Module, task: TextClassification, data: EncodedSet, batch_size: int, runtime: Runtime) -> list[dict[str, Any]]:
+def predict_classes(
+    model: nn.Module, task: TextClassification, data: EncodedSet, batch_size: int, runtime: Runtime
+) -> list[dict[str, Any]]:
     """Label and probabilities (or value) of every sequence, in the order of the data."""
     found: list[dict[str, Any]] = [{} for _ in range(len(data))]
     names, kind = task.labels.names, task.labels.kind
@@ -62,7 +64,10 @@ def _forward(
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                raise OutOfMemory(f"Memory ran out evaluating one sequence of {int(data.lengths[rows].max())} tokens.", "Lower data.max_length.") from error
+                raise OutOfMemory(
+                    f"Memory ran out evaluating one sequence of {int(data.lengths[rows].max())} tokens.",
+                    "Lower data.max_length.",
+                ) from error
             size = max(1, size // 2)
             continue
         yield logits, batch, rows
@@ -115,16 +120,14 @@ def generate_text(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=fill, streamer=streamer,
             eos_token_id=stop_ids(model, tokenizer), use_cache=True, **sampling,
         )  # fmt: skip
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
+    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Where generation stops: the model's own stop tokens and the tokenizer's end-of-text."""
+    """Where generation stops: the model's own stop tokens, the tokenizer's, and what closes a turn in its template."""
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [stated] if isinstance(stated, int) else list(stated or [])
-    if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    return sorted(set(found)) or None
+    return sorted({*found, *stop_token_ids(tokenizer)}) or None
 
 
 def exact_match(

@@ -1,4 +1,4 @@
-"""What leaves a run: the adapter with its tokenizer and model card, a merged model; each verified by plain libraries."""
+"""What leaves a run: the adapter with its tokenizer and model card, or a merged model; verified by plain libraries."""
 
 import json
 from dataclasses import dataclass
@@ -41,12 +41,22 @@ class Drift:
     top1_agreement: float
 
 
-def save_trained(group: Group, member: Member, task: Task, labels: Labels | None, folder: Path, summary: dict[str, Any], config: Config) -> None:
+def save_trained(
+    group: Group,
+    member: Member,
+    task: Task,
+    labels: Labels | None,
+    folder: Path,
+    summary: dict[str, Any],
+    config: Config,
+) -> None:
     """Write `adapter/`: weights, settings, tokenizer, class names, model card."""
     save_adapter(group, member, folder)
     task.tokenizer.save_pretrained(str(folder))
     if labels is not None:
-        (folder / LABELS).write_text(json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / LABELS).write_text(
+            json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     write_card(folder / "README.md", group, config, labels, summary)
 
 
@@ -91,21 +101,28 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     model.save_pretrained(str(folder))
     task.tokenizer.save_pretrained(str(folder))
     if labels is not None:
-        (folder / LABELS).write_text(json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / LABELS).write_text(
+            json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     device = batch["input_ids"].device
     if mean_pooled:
-        plain = AutoModel.from_pretrained(str(folder)).to(device).eval()
-        weights = load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else model.state_dict()
-        head = F.linear(_mean(plain, batch), weights[f"{HEAD}.weight"].to(device), weights[f"{HEAD}.bias"].to(device))
+        encoder: Any = AutoModel.from_pretrained(str(folder))
+        encoder = encoder.to(device).eval()
+        weights = (
+            load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else model.state_dict()
+        )
+        head = F.linear(_mean(encoder, batch), weights[f"{HEAD}.weight"].to(device), weights[f"{HEAD}.bias"].to(device))
         return _judge(trained, head, group, "The merged model reloaded in plain transformers")
     auto = AutoModelForCausalLM if config.task == "causal-lm" else AutoModelForSequenceClassification
-    plain = auto.from_pretrained(str(folder)).to(device).eval()
+    plain: Any = auto.from_pretrained(str(folder))
+    plain = plain.to(device).eval()
     return _judge(trained, _logits(plain, batch), group, "The merged model reloaded in plain transformers")
 
 
 def probe_batch(group: Group) -> dict[str, Tensor]:
     """Token ids to compare models on: seeded, (4, 24), the last row padded."""
-    size = group.backbone.model.get_input_embeddings().num_embeddings
+    embeddings: Any = group.backbone.model.get_input_embeddings()
+    size = int(embeddings.num_embeddings)
     ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[-1, 16:] = 0
@@ -116,10 +133,15 @@ def probe_batch(group: Group) -> dict[str, Tensor]:
 def _plain_base(group: Group, config: Config, labels: Labels | None) -> Any:
     """The base model as a user of plain transformers would load it."""
     settings = config.model
-    common: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code, "dtype": group.backbone.model.dtype}
+    common: dict[str, Any] = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": group.backbone.model.dtype,
+    }
     device = next(group.model.parameters()).device
     if config.task == "causal-lm":
-        return AutoModelForCausalLM.from_pretrained(settings.path, **common).to(device)
+        causal: Any = AutoModelForCausalLM.from_pretrained(settings.path, **common)
+        return causal.to(device)
     assert labels is not None
     if group.backbone.peft_task is None:
         base = AutoModel.from_pretrained(settings.path, **common)
@@ -161,7 +183,11 @@ def _judge(trained: Tensor, found: Tensor, group: Group, what: str) -> Drift:
     trained, found = trained.float(), found.float()
     relative = float((trained - found).abs().max() / trained.abs().max().clamp_min(1e-12))
     log_p, log_q = trained.log_softmax(-1), found.log_softmax(-1)
-    drift = Drift(relative, float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), float((trained.argmax(-1) == found.argmax(-1)).float().mean()))
+    drift = Drift(
+        relative,
+        float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+        float((trained.argmax(-1) == found.argmax(-1)).float().mean()),
+    )
     if not relative <= bound:
         raise VerificationError(
             f"{what} gives other logits than the trained one: largest difference {relative:.2e} of the largest logit, "

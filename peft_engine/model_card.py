@@ -40,19 +40,36 @@ from peft_engine import predict  # or use the trained tensors directly: they car
 
 def write_card(path: Path, group: Group, config: Config, labels: Labels | None, summary: dict[str, Any]) -> None:
     """Write the model card from a run's summary (run.json)."""
-    front = ["---", f"base_model: {config.model.hub_id or config.model.path}", "library_name: peft", f"tags: [{config.task}, {config.adapter.method}, peft-engine]", "---"]
+    front = [
+        "---",
+        f"base_model: {config.model.hub_id or config.model.path}",
+        "library_name: peft",
+        f"tags: [{config.task}, {config.adapter.method}, peft-engine]",
+        "---",
+    ]
     metrics = summary["metrics"]
-    scores = [f"| {name} | {_number(metrics['before'].get(name))} | {_number(value)} |" for name, value in metrics["after"].items() if isinstance(value, int | float)]
+    scores = [
+        f"| {name} | {_number(metrics['before'].get(name))} | {_number(value)} |"
+        for name, value in metrics["after"].items()
+        if isinstance(value, int | float)
+    ]
     data = summary["data"]
+    machine = summary["hardware"].get("gpu", summary["hardware"]["cpu"])
     body = [
         f"# {config.adapter.method} adapter for {config.task}",
         "",
-        f"Base model: `{config.model.path}`" + (f" (hub: `{config.model.hub_id}`)" if config.model.hub_id else "") + (f", revision `{config.model.revision}`" if config.model.revision else "") + ".",
-        f"Trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters with peft-engine {summary['versions']['peft_engine']}.",
+        f"Base model: `{config.model.path}`"
+        + (f" (hub: `{config.model.hub_id}`)" if config.model.hub_id else "")
+        + (f", revision `{config.model.revision}`" if config.model.revision else "")
+        + ".",
+        f"Trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters "
+        f"with peft-engine {summary['versions']['peft_engine']}.",
         "",
         "## Data",
         "",
-        f"`{config.data.train}`: " + ", ".join(f"{name} {count:,} rows" for name, count in data["counts"].items()) + f"; sha256 of the content `{data['digest']}`.",
+        f"`{config.data.train}`: "
+        + ", ".join(f"{name} {count:,} rows" for name, count in data["counts"].items())
+        + f"; sha256 of the content `{data['digest']}`.",
         *([f"Classes, in order: {', '.join(labels.names)}."] if labels and labels.names else []),
         "",
         f"## Metrics on the {metrics['split']} split",
@@ -61,7 +78,8 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         "| --- | --- | --- |",
         *scores,
         "",
-        f"{summary['steps']} optimizer steps, seed {config.training.seed}, {summary['wall_seconds']:.0f} s on {summary['hardware'].get('gpu', summary['hardware']['cpu'])}.",
+        f"{summary['steps']} optimizer steps, seed {config.training.seed}, "
+        f"{summary['wall_seconds']:.0f} s on {machine}.",
         "",
         "## Use",
         "",
@@ -75,7 +93,9 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         summary["command"],
         "```",
         "",
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version != "absent") + ".",
+        "Versions: "
+        + ", ".join(f"{name} {version}" for name, version in summary["versions"].items() if version != "absent")
+        + ".",
         "",
         "<details><summary>Settings</summary>",
         "",

@@ -31,11 +31,22 @@ from .training.optim import make_optimizer
 from .training.progress import ProgressView
 from .training.state import Trainee
 
-FREE_ON_RESUME = {"output", "budget", "evaluation", "data.cache", "training.micro_batch_size", "training.log_every", "training.save_every", "training.save_total_limit"}
+FREE_ON_RESUME = {
+    "output",
+    "budget",
+    "evaluation",
+    "data.cache",
+    "training.micro_batch_size",
+    "training.log_every",
+    "training.save_every",
+    "training.save_total_limit",
+}
 """Settings that may change on resume, because the weights don't depend on them."""
 
 
-def train(config: Config | str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = True) -> dict[str, Any]:
+def train(
+    config: Config | str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = True
+) -> dict[str, Any]:
     """Fine-tune as `config` says and write the run directory.
 
     Args:
@@ -60,7 +71,9 @@ def train(config: Config | str | Path, *, resume: bool = False, overwrite: bool 
 class _Run:
     """One call of `train`."""
 
-    def __init__(self, config: Config, directory: RunDirectory, signals: Signals, view: ProgressView, resume: bool) -> None:
+    def __init__(
+        self, config: Config, directory: RunDirectory, signals: Signals, view: ProgressView, resume: bool
+    ) -> None:
         self.config, self.directory, self.signals, self.view, self.resume = config, directory, signals, view, resume
         self.timer = PhaseTimer()
         self.began = time.perf_counter()
@@ -79,7 +92,9 @@ class _Run:
             self.data = encode_splits(self.task, self.splits, config)
             self.group = build_group(self.task, config, self.runtime, self.data)
         self.trainees = make_trainees(self.group, self.data["train"], config, self.runtime)
-        self.total_steps = config.training.steps or max(1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch))
+        self.total_steps = config.training.steps or max(
+            1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
+        )
         self._open()
         if not self.before:
             self.before = self._judge(self.group.members[0], self._final_split())
@@ -90,7 +105,15 @@ class _Run:
         after = self._judge(self.group.members[0], self._final_split())
         summary = self._summary(after)
         with self.timer.phase("save"), storage_errors(self.directory.adapter):
-            save_trained(self.group, self.group.members[0], self.task, self.splits.labels, self.directory.adapter, summary, config)
+            save_trained(
+                self.group,
+                self.group.members[0],
+                self.task,
+                self.splits.labels,
+                self.directory.adapter,
+                summary,
+                config,
+            )
         summary["seconds"] = self._phases()
         summary["wall_seconds"] = self._elapsed()
         summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
@@ -118,9 +141,15 @@ class _Run:
 
     def _refuse_other_input(self, state: dict[str, Any], checkpoint: Path) -> None:
         if state["data_digest"] != self.splits.digest:
-            raise DataError(f"The data is not what {checkpoint} was trained on.", "Restore the data, or start anew with --overwrite.")
+            raise DataError(
+                f"The data is not what {checkpoint} was trained on.",
+                "Restore the data, or start anew with --overwrite.",
+            )
         if state["weights_digest"] != self.group.backbone.weights_digest:
-            raise ConfigError(f"The backbone's weights are not those {checkpoint} was trained on.", "Restore the model, or start anew with --overwrite.")
+            raise ConfigError(
+                f"The backbone's weights are not those {checkpoint} was trained on.",
+                "Restore the model, or start anew with --overwrite.",
+            )
 
     def _loop(self) -> Loop:
         hooks = Hooks(
@@ -132,7 +161,18 @@ class _Run:
             elapsed=self._elapsed,
         )
         where = self.splits.train.where
-        return Loop(self.group, self.task, self.data["train"], where, self.trainees, self.config, self.runtime, self.total_steps, hooks, self.signals)
+        return Loop(
+            self.group,
+            self.task,
+            self.data["train"],
+            where,
+            self.trainees,
+            self.config,
+            self.runtime,
+            self.total_steps,
+            hooks,
+            self.signals,
+        )
 
     def _evaluate_during(self, member: Member) -> dict[str, Any]:
         found = self._judge(member, "eval", generate=False)
@@ -163,7 +203,9 @@ class _Run:
             "versions": versions(),
         }
         with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
-            save_checkpoint(self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit)
+            save_checkpoint(
+                self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit
+            )
 
     def _elapsed(self) -> float:
         return self.earlier + time.perf_counter() - self.began
@@ -180,13 +222,20 @@ class _Run:
         return {
             "task": self.config.task,
             "method": self.config.adapter.method,
-            "metrics": {"primary": self.task.primary, "split": self._final_split(), "before": self.before, "after": after},
+            "metrics": {
+                "primary": self.task.primary,
+                "split": self._final_split(),
+                "before": self.before,
+                "after": after,
+            },
             "wall_seconds": self._elapsed(),
             "seconds": self._phases(),
             "step_seconds": statistics.median(trainee.step_seconds) if trainee.step_seconds else None,
             "tokens_per_second": trainee.timed_tokens / timed if timed else None,
             "peak_bytes": torch.cuda.max_memory_allocated() if cuda else trainee.live_bytes,
-            "peak_bytes_meaning": "CUDA allocator's maximum" if cuda else "live tensor bytes, counted on the heaviest step",
+            "peak_bytes_meaning": "CUDA allocator's maximum"
+            if cuda
+            else "live tensor bytes, counted on the heaviest step",
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -197,7 +246,12 @@ class _Run:
             "stopped_early": trainee.stopped,
             "tokens": trainee.total_tokens,
             "micro_batch_size": trainee.micro_batch_size,
-            "data": {**self.splits.report.to_json(), "digest": self.splits.digest, "dropped": {n: len(d.dropped) for n, d in self.data.items()}, "truncated": {n: d.truncated for n, d in self.data.items()}},
+            "data": {
+                **self.splits.report.to_json(),
+                "digest": self.splits.digest,
+                "dropped": {n: len(d.dropped) for n, d in self.data.items()},
+                "truncated": {n: d.truncated for n, d in self.data.items()},
+            },
             "evaluations": trainee.evaluations,
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
@@ -216,19 +270,26 @@ def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, Encod
     for name in ("train", "eval", "test"):
         split = getattr(splits, name)
         if split is not None:
-            found[name] = encode_split(split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache))
+            found[name] = encode_split(
+                split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
+            )
     return found
 
 
-def build_group(task: Task, config: Config, runtime: Runtime, data: dict[str, EncodedSet], specs: list[MemberSpec] | None = None) -> Group:
+def build_group(
+    task: Task, config: Config, runtime: Runtime, data: dict[str, EncodedSet], specs: list[MemberSpec] | None = None
+) -> Group:
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = task.load(runtime.device)
-    refuse_too_long(backbone.model.config, data)
+    refuse_too_long(backbone.model, data)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
     if config.training.gradient_checkpointing:
         if not backbone.model.supports_gradient_checkpointing:
-            raise ConfigError(f"training.gradient_checkpointing: {type(backbone.model).__name__} does not support it.", "Set it to false.")
+            raise ConfigError(
+                f"training.gradient_checkpointing: {type(backbone.model).__name__} does not support it.",
+                "Set it to false.",
+            )
         # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return group
@@ -237,7 +298,11 @@ def build_group(task: Task, config: Config, runtime: Runtime, data: dict[str, En
 def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runtime) -> list[Trainee]:
     """Members with their optimizer and data order, at step 0."""
     settings = config.training
-    micro = settings.batch_size if settings.micro_batch_size == "auto" else min(settings.micro_batch_size, settings.batch_size)
+    micro = (
+        settings.batch_size
+        if settings.micro_batch_size == "auto"
+        else min(settings.micro_batch_size, settings.batch_size)
+    )
     return [
         Trainee(
             member,
@@ -249,12 +314,18 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
     ]
 
 
-def refuse_too_long(model_config: Any, data: dict[str, EncodedSet]) -> None:
+def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
     """Sequences must fit the model's positions, where it has a table of them."""
-    positions = getattr(model_config, "max_position_embeddings", None)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from there
     longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
     if positions is not None and longest > positions:
-        raise ConfigError(f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.", f"Set data.max_length: {positions}.")
+        raise ConfigError(
+            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.",
+            f"Set data.max_length: {positions}.",
+        )
 
 
 def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
@@ -263,14 +334,20 @@ def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
     if not path.is_file():
         return
     old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    changed = [k for k in new if old.get(k) != new[k] and not any(k == free or k.startswith(f"{free}.") for free in FREE_ON_RESUME)]
+    changed = [
+        k
+        for k in new
+        if old.get(k) != new[k] and not any(k == free or k.startswith(f"{free}.") for free in FREE_ON_RESUME)
+    ]
     if changed:
         shown = "; ".join(f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in changed[:5])
-        raise ConfigError(f"--resume: {shown}.", "Resume with the settings the run began with, or start anew with --overwrite.")
+        raise ConfigError(
+            f"--resume: {shown}.", "Resume with the settings the run began with, or start anew with --overwrite."
+        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found

@@ -61,7 +61,9 @@ class RunDirectory:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(self._lock)
-                raise StorageError(f"output: another process is writing to {self.path}.", "Wait for it, or name another output.") from error
+                raise StorageError(
+                    f"output: another process is writing to {self.path}.", "Wait for it, or name another output."
+                ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,9 +123,14 @@ def explain_storage(error: OSError | SafetensorError, path: Path | None = None) 
     number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
     place = path or getattr(error, "filename", None) or "A file"
     if number in FULL:
-        return StorageError(f"{place}: no space left on the device, or over a limit ({error}).", "Free space, or name another output; then --resume.")
+        return StorageError(
+            f"{place}: no space left on the device, or over a limit ({error}).",
+            "Free space, or name another output; then --resume.",
+        )
     if number in DENIED:
-        return StorageError(f"{place}: can't be written or read ({error}).", "Check permissions, or name another place.")
+        return StorageError(
+            f"{place}: can't be written or read ({error}).", "Check permissions, or name another place."
+        )
     if isinstance(error, NotADirectoryError | FileExistsError):
         return ConfigError(f"{place} has a file where a folder must be ({error}).", "Name another place.")
     return None

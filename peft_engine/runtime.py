@@ -19,7 +19,18 @@ from .config import Config
 from .errors import ConfigError
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "triton", "datasets", "safetensors", "tokenizers", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "triton",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def start(config: Config) -> Runtime:
     precision, why_precision = _precision(config.training.precision, device)
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over every new tensor
     torch.use_deterministic_algorithms(config.training.deterministic)
     AcceleratorState._reset_state()  # a second run in this process may want another precision
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
@@ -88,7 +99,9 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
             return "bf16", "auto: this GPU computes bf16"
         return "fp16", "auto: this GPU has no bf16 units"
     if asked == "fp16" and device == "cpu":
-        raise ConfigError("training.precision: got 'fp16' on cpu, which has no fp16 training.", "Use auto, fp32 or bf16.")
+        raise ConfigError(
+            "training.precision: got 'fp16' on cpu, which has no fp16 training.", "Use auto, fp32 or bf16."
+        )
     return asked, "asked for"
 
 
@@ -100,13 +113,17 @@ def seed_everything(*parts: int) -> None:
     """
     word = int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0])
     random.seed(word)
-    np.random.seed(word % 2**32)
+    np.random.seed(word % 2**32)  # noqa: NPY002 (libraries under us draw from it)
     torch.manual_seed(word % 2**63)
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "peft_engine": _version("peft-engine")}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "peft_engine": _version("peft-engine"),
+    }
     return found | {name: _version(name) for name in PACKAGES}
 
 

@@ -49,7 +49,9 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
         folder = Path(load_config(folder, overrides).output).expanduser()
     settings = folder / "config.yaml"
     if not settings.is_file():
-        raise ConfigError(f"{folder} holds no run (no config.yaml).", "Give a run directory, or the config of a run that was trained.")
+        raise ConfigError(
+            f"{folder} holds no run (no config.yaml).", "Give a run directory, or the config of a run that was trained."
+        )
     if not (folder / "adapter").is_dir():
         raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
     config = load_config(settings, overrides)
@@ -60,7 +62,13 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
     return Opened(folder, config, labels, task, runtime, group)
 
 
-def evaluate(path: str | Path, split: Literal["train", "eval", "test"] = "test", *, data: str | None = None, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+def evaluate(
+    path: str | Path,
+    split: Literal["train", "eval", "test"] = "test",
+    *,
+    data: str | None = None,
+    overrides: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Metrics of a run's adapter on one of its splits, or on a file with the same columns.
 
     Returns:
@@ -85,7 +93,9 @@ def evaluate(path: str | Path, split: Literal["train", "eval", "test"] = "test",
     return {"split": data or split, "rows": len(chosen.examples), "metrics": metrics}
 
 
-def predict(path: str | Path, source: str, target: str | Path | None = None, *, overrides: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def predict(
+    path: str | Path, source: str, target: str | Path | None = None, *, overrides: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Predict every row of a file: class and probabilities, or generated text.
 
     Args:
@@ -110,7 +120,15 @@ def predict(path: str | Path, source: str, target: str | Path | None = None, *, 
     return result
 
 
-def generate(path: str | Path, prompt: str, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0, streamer: Any = None) -> str:
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> str:
     """Continue a prompt, through the chat template where the model has one and was trained on conversations."""
     opened = open_run(path)
     tokenizer = opened.task.tokenizer
@@ -123,7 +141,9 @@ def generate(path: str | Path, prompt: str, *, system: str | None = None, max_ne
     text = prompt_and_answer({"messages": messages}, tokenizer)[0] if templated else prompt
     with opened.group.evaluating(opened.group.members[0]) as model:
         make = streamer(tokenizer) if streamer else None
-        return generate_text(model, tokenizer, [text], max_new_tokens, templated=templated, temperature=temperature, streamer=make)[0]
+        return generate_text(
+            model, tokenizer, [text], max_new_tokens, templated=templated, temperature=temperature, streamer=make
+        )[0]
 
 
 def export(path: str | Path, *, merged: bool = False, target: str | Path | None = None) -> tuple[Path, Drift]:
@@ -165,7 +185,10 @@ def _classes(opened: Opened, split: Split) -> list[dict[str, Any]]:
     with opened.group.evaluating(opened.group.members[0]) as model:
         found = predict_classes(model, opened.task, encoded, size, opened.runtime)
     return [
-        {"predicted": one["value"]} if "value" in one else {"predicted": one["label"], "probabilities": one["probabilities"]} for one in found
+        {"predicted": one["value"]}
+        if "value" in one
+        else {"predicted": one["label"], "probabilities": one["probabilities"]}
+        for one in found
     ]
 
 
@@ -179,7 +202,9 @@ def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
     texts: list[str] = []
     with opened.group.evaluating(opened.group.members[0]) as model:
         for start_row in range(0, len(prompts), size):
-            texts += generate_text(model, tokenizer, prompts[start_row : start_row + size], settings.max_new_tokens, templated=templated)
+            texts += generate_text(
+                model, tokenizer, prompts[start_row : start_row + size], settings.max_new_tokens, templated=templated
+            )
     return [{"predicted": text} for text in texts]
 
 
@@ -191,7 +216,11 @@ def _as_csv(rows: list[dict[str, Any]]) -> str:
     flat = []
     for row in rows:
         shares = row.get("probabilities", {})
-        plain = {k: v if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False) for k, v in row.items() if k != "probabilities"}
+        plain = {
+            k: v if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False)
+            for k, v in row.items()
+            if k != "probabilities"
+        }
         flat.append(plain | {f"probability.{name}": share for name, share in shares.items()})
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(dict.fromkeys(key for row in flat for key in row)))

@@ -118,7 +118,8 @@ def test_file_without_settings(tmp_path: Path, text: str, said: str) -> None:
     assert refusal(path)[0].startswith(f"{path}: {said}")
 
 
-def test_missing_file_names_near_ones(tmp_path: Path) -> None:
+def test_missing_file_names_near_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     write(tmp_path, GOOD, "quickstart.yaml")
     for name in ("quikstart.yaml", "quickstart", "quickstart.yml"):
         line = refusal(tmp_path / name)[0]

@@ -41,7 +41,9 @@ def save_adapter(group: Group, member: Member, folder: Path) -> None:
     written = load_file(folder / WEIGHTS)
     wrong = [name for name in tensors if name not in written or not torch.equal(written[name], tensors[name])]
     if wrong or len(written) != len(tensors) or not tensors:
-        raise VerificationError(f"{folder / WEIGHTS} differs from the trained weights at {wrong[:3]}.", "Save again; check the disk.")
+        raise VerificationError(
+            f"{folder / WEIGHTS} differs from the trained weights at {wrong[:3]}.", "Save again; check the disk."
+        )
 
 
 def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], LoraConfig | dict[str, Any]]:
@@ -58,7 +60,9 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Lo
     expected = sum(t.numel() for t in member.tensors.values())
     held = sum(t.numel() for t in tensors.values())
     if held != expected:
-        raise VerificationError(f"peft would save {held} of {expected} trained parameters.", "Report this with the config.")
+        raise VerificationError(
+            f"peft would save {held} of {expected} trained parameters.", "Report this with the config."
+        )
     if member.initial:
         tensors, config = without_moved_weights(tensors, member.initial, config)
     return tensors, config
@@ -72,19 +76,26 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
         StorageError: the file can't be read, or its tensors are not exactly those of this model and method.
     """
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{folder} holds no adapter ({SETTINGS} and {WEIGHTS}).", "Give a run directory whose training ended.")
+        raise ConfigError(
+            f"{folder} holds no adapter ({SETTINGS} and {WEIGHTS}).", "Give a run directory whose training ended."
+        )
     try:
         tensors = load_file(folder / WEIGHTS)
         settings = json.loads((folder / SETTINGS).read_text())
     except (SafetensorError, ValueError) as error:
-        raise StorageError(f"The adapter in {folder} can't be read: {error}.", "Restore it, or train with --resume.") from error
+        raise StorageError(
+            f"The adapter in {folder} can't be read: {error}.", "Restore it, or train with --resume."
+        ) from error
     spec = MemberSpec("default", config.training.seed, config.training.learning_rate)
     if settings.get("format") == TENSORS_FORMAT:
         group = adapt(backbone, config, [spec])
         _copy(group.members[0], tensors, folder)
         return group
     if config.adapter.method != "lora":
-        raise ConfigError(f"{folder} holds a peft adapter, but adapter.method is {config.adapter.method}.", "Set adapter.method: lora.")
+        raise ConfigError(
+            f"{folder} holds a peft adapter, but adapter.method is {config.adapter.method}.",
+            "Set adapter.method: lora.",
+        )
     model = get_peft_model(backbone.model, LoraConfig.from_pretrained(str(folder)), adapter_name=spec.name)
     model.set_adapter(spec.name)
     here = get_peft_model_state_dict(model, adapter_name=spec.name, save_embedding_layers=False)
@@ -105,7 +116,8 @@ def refuse_difference(here: dict[str, Tensor] | dict[str, Any], found: dict[str,
     ]
     if faults:
         raise StorageError(
-            f"{where} does not fit this model: {'; '.join(faults[:3])}" + (f" and {len(faults) - 3} more." if len(faults) > 3 else "."),
+            f"{where} does not fit this model: {'; '.join(faults[:3])}"
+            + (f" and {len(faults) - 3} more." if len(faults) > 3 else "."),
             "Use the model and the adapter settings that it was trained with.",
         )
 

@@ -17,11 +17,13 @@ from ..runtime import seed_everything
 from .group import Group, Member, MemberSpec, initialise, plain_name
 from .targets import find_modules_to_save, find_targets, shorten
 
+
 def lora(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
     """Inject one LoRA adapter per member; adapters are fp32 whatever the backbone's dtype (trap 17)."""
     if len(specs) > 1 and moves_weights(config.adapter.init):
         raise ConfigError(
-            f"adapter.init: {config.adapter.init} moves part of the frozen weight into the adapter, so members can't share it.",
+            f"adapter.init: {config.adapter.init} moves part of the frozen weight into the adapter, "
+            "so members can't share it.",
             "Use init: default for a group.",
         )
     settings = peft_settings(backbone, config)
@@ -79,7 +81,9 @@ def moves_weights(init: str) -> bool:
     return init.startswith(("pissa", "olora"))
 
 
-def without_moved_weights(tensors: dict[str, Tensor], initial: dict[str, Tensor], settings: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
+def without_moved_weights(
+    tensors: dict[str, Tensor], initial: dict[str, Tensor], settings: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
     """The same update as an adapter for the original weights: rank 2r, B·A - B₀·A₀ = [B, -B₀]·[A; A₀].
 
     Keys of `tensors` and `initial` are the adapter file's; only `lora_A` and `lora_B` change. The scale alpha/r (or
@@ -95,8 +99,8 @@ def without_moved_weights(tensors: dict[str, Tensor], initial: dict[str, Tensor]
     factor = math.sqrt(2) if settings.use_rslora else 2
     wide.r *= 2
     wide.lora_alpha *= factor  # type: ignore[assignment]
-    wide.rank_pattern = {k: 2 * v for k, v in settings.rank_pattern.items()}
-    wide.alpha_pattern = {k: factor * v for k, v in settings.alpha_pattern.items()}
+    wide.rank_pattern = {k: 2 * v for k, v in (settings.rank_pattern or {}).items()}
+    wide.alpha_pattern = {k: factor * v for k, v in (settings.alpha_pattern or {}).items()}
     wide.init_lora_weights = True
     return joined, wide
 

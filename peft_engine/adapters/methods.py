@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,8 @@ def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
     """
     if len(specs) > 1 and config.adapter.method != "lora":
         raise ConfigError(
-            f"adapter.method: {config.adapter.method} trains the backbone's own tensors, so it holds one member, got {len(specs)}.",
+            f"adapter.method: {config.adapter.method} trains the backbone's own tensors, so it holds one member, "
+            f"got {len(specs)}.",
             "Use lora for a group, or run the members one by one.",
         )
     return METHODS[config.adapter.method](backbone, config, specs)
@@ -43,12 +45,24 @@ def head(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
 
 def bitfit(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
     """Bias terms (Ben Zaken et al. 2022), and a task's new head."""
-    if not any(name.endswith(".bias") and not _inside(name, backbone.new_modules) for name, _ in backbone.model.named_parameters()):
-        raise ConfigError(f"adapter.method: bitfit trains biases, and {type(backbone.model).__name__} has none.", "Use lora.")
-    return _own_tensors(backbone, config, specs[0], lambda name: name.endswith(".bias") or _inside(name, backbone.new_modules))
+    if not any(
+        name.endswith(".bias") and not _inside(name, backbone.new_modules)
+        for name, _ in backbone.model.named_parameters()
+    ):
+        raise ConfigError(
+            f"adapter.method: bitfit trains biases, and {type(backbone.model).__name__} has none.", "Use lora."
+        )
+    return _own_tensors(
+        backbone, config, specs[0], lambda name: name.endswith(".bias") or _inside(name, backbone.new_modules)
+    )
 
 
-METHODS: dict[str, Callable[[Backbone, Config, list[MemberSpec]], Group]] = {"lora": lora, "full": full, "head": head, "bitfit": bitfit}
+METHODS: dict[str, Callable[[Backbone, Config, list[MemberSpec]], Group]] = {
+    "lora": lora,
+    "full": full,
+    "head": head,
+    "bitfit": bitfit,
+}
 
 
 def _own_tensors(backbone: Backbone, config: Config, spec: MemberSpec, trains: Callable[[str], bool]) -> Group:
@@ -66,7 +80,8 @@ def _own_tensors(backbone: Backbone, config: Config, spec: MemberSpec, trains: C
 
 def _untie(backbone: Backbone) -> None:
     model = backbone.model
-    output, entry = model.get_output_embeddings(), model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    entry: Any = model.get_input_embeddings()
     if output is not None and entry is not None and output.weight is entry.weight:
         output.weight = nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False

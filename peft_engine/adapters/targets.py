@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 from ..backbone import Backbone, linear_names
 from ..config import AdapterConfig
 from ..errors import ConfigError
@@ -68,7 +67,9 @@ def _by_expression(expression: str, names: list[str], linear: list[str]) -> list
     try:
         found = [name for name in names if re.fullmatch(expression, name)]
     except re.error as error:
-        raise ConfigError(f"adapter.targets: {expression!r} is no regular expression ({error}).", "A list gives module-name endings.") from error
+        raise ConfigError(
+            f"adapter.targets: {expression!r} is no regular expression ({error}).", "A list gives module-name endings."
+        ) from error
     if not found:
         raise _nothing("adapter.targets", expression, linear)
     return found
@@ -76,7 +77,9 @@ def _by_expression(expression: str, names: list[str], linear: list[str]) -> list
 
 def _by_endings(endings: list[str], names: list[str], linear: list[str]) -> list[str]:
     if not endings:
-        raise ConfigError("adapter.targets: got an empty list.", "Use all-linear, or name module endings such as q_proj.")
+        raise ConfigError(
+            "adapter.targets: got an empty list.", "Use all-linear, or name module endings such as q_proj."
+        )
     for ending in endings:
         if not any(_ends_with(name, ending) for name in names):
             raise _nothing("adapter.targets", ending, linear)
@@ -88,7 +91,9 @@ def _in_layers(found: list[str], layers: list[int]) -> list[str]:
     for layer in layers:
         if layer not in there:
             last = max((n for n in there if n is not None), default=-1)
-            raise ConfigError(f"adapter.layers: no target is in layer {layer}; layers are 0 to {last}.", "Correct adapter.layers.")
+            raise ConfigError(
+                f"adapter.layers: no target is in layer {layer}; layers are 0 to {last}.", "Correct adapter.layers."
+            )
     return [name for name in found if _layer(name) in layers]
 
 
@@ -112,6 +117,7 @@ def _nothing(field: str, wanted: str, names: list[str]) -> ConfigError:
     endings = sorted(_endings(names))
     near = get_close_matches(wanted.rpartition(".")[2], endings, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}." if near else ""
-    return ConfigError(f"{field}: {wanted!r} matches no module of this model. {hint}".strip(), f"Modules that can be adapted end in: {', '.join(endings)}.")
-
-
+    return ConfigError(
+        f"{field}: {wanted!r} matches no module of this model. {hint}".strip(),
+        f"Modules that can be adapted end in: {', '.join(endings)}.",
+    )

@@ -63,7 +63,8 @@ def render_messages(
             says; or nothing in it can end a turn.
     """
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    learned = [i for i in turns if i >= first]
+    # OpenAI's fine-tuning format: an assistant message of weight 0 is read, not learned
+    learned = [i for i in turns if i >= first and messages[i].get("weight") != 0]
     if supervise == "all":
         text = render(tokenizer, messages, tools, where)
         check_tools_printed(messages, tools, text, text, where)

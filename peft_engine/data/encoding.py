@@ -83,7 +83,9 @@ class EncodedSet:
 Encode = Callable[[Example, str], "list[EncodedRow] | str"]
 
 
-def encode_split(split: Split, encode: Encode, fingerprint: dict[str, Any], max_dropped: float, cache: Path | None) -> EncodedSet:
+def encode_split(
+    split: Split, encode: Encode, fingerprint: dict[str, Any], max_dropped: float, cache: Path | None
+) -> EncodedSet:
     """Tokenise a split, or read it from the cache.
 
     Args:
@@ -118,7 +120,9 @@ def cache_folder(setting: str | None) -> Path | None:
 def _key(split: Split, fingerprint: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, fingerprint], sort_keys=True, default=str).encode())
     for example in split.examples:
-        digest.update(json.dumps(example, sort_keys=True, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        digest.update(
+            json.dumps(example, sort_keys=True, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        )
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -139,13 +143,19 @@ def _encode(split: Split, encode: Encode) -> EncodedSet:
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     columns = {}
     for name in rows[0].columns if rows else ():
-        per_token = isinstance(rows[0].columns[name], list) and all(
-            isinstance(row.columns[name], list) and len(row.columns[name]) == len(row.input_ids) for row in rows
-        ) and name != "label"
+        per_token = (
+            isinstance(rows[0].columns[name], list)
+            and all(
+                isinstance(row.columns[name], list) and len(row.columns[name]) == len(row.input_ids) for row in rows
+            )
+            and name != "label"
+        )
         values = [row.columns[name] for row in rows]
         columns[name] = np.concatenate([np.asarray(v) for v in values]) if per_token else np.asarray(values)
     return EncodedSet(
-        input_ids=np.concatenate([np.asarray(row.input_ids, dtype=np.int32) for row in rows] or [np.zeros(0, np.int32)]),
+        input_ids=np.concatenate(
+            [np.asarray(row.input_ids, dtype=np.int32) for row in rows] or [np.zeros(0, np.int32)]
+        ),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         units=np.array([row.units for row in rows], dtype=np.int64),
         rows=np.array(index, dtype=np.int64),
@@ -162,7 +172,8 @@ def _refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None
         raise DataError(
             f"{len(encoded.dropped)} of {len(split.examples)} rows ({share:.1%}) would teach nothing, more than "
             f"data.max_dropped = {max_dropped:.1%}. First: {split.where[first]}: {reason}.",
-            "Raise data.max_length, mend the rows, or raise data.max_dropped. `peft-engine data CONFIG` shows the mask.",
+            "Raise data.max_length, mend the rows, or raise data.max_dropped. "
+            "`peft-engine data CONFIG` shows the mask.",
         )
 
 

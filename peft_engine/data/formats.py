@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
 from .messages import Malformed, as_conversation, as_tools
-from .parsing import Row, start_of
+from .parsing import Row, shown
 from .reading import Rows
 
 Example = dict[str, Any]
@@ -172,9 +172,9 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
         except Malformed as fault:
             faults.append((i, fault))
     if faults:
-        first, fault = faults[0]
+        first, problem = faults[0]
         others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
-        raise DataError(f"{rows.where(first)}: {fault}.{others}", "Mend or remove such rows.")
+        raise DataError(f"{rows.where(first)}: {problem}.{others}", "Mend or remove such rows.")
     return examples
 
 
@@ -187,10 +187,10 @@ def _labelled_example(row: Row, layout: Layout) -> Example:
     if "label" in layout.columns:
         column = layout.columns["label"]
         label = row.get(column)
+        if column not in row:
+            raise Malformed(f"column {column!r} is not in this row")
         if label is None or label != label or (isinstance(label, str) and label.strip().lower() in ("", "nan")):
-            raise Malformed(
-                f"the label {label!r} in column {column!r} is missing" if column in row else f"no {column!r}"
-            )
+            raise Malformed(f"the label in column {column!r} is {label!r}, that is missing")
         example["label"] = label
     return example
 
@@ -207,7 +207,7 @@ def _completion_example(row: Row, layout: Layout) -> Example:
     if isinstance(prompt, str) and "input" in layout.columns:
         more = row.get(layout.columns["input"])
         if not isinstance(more, str | None):
-            raise Malformed(f"the input is {start_of(repr(more))}, a string was expected")
+            raise Malformed(f"the input is {shown(more)}, a string was expected")
         prompt = f"{prompt}\n\n{more}" if more and more.strip() else prompt
     example: Example = {"prompt": prompt}
     if layout.answered:
@@ -231,7 +231,7 @@ def _tools(row: Row, layout: Layout) -> Example:
 def _filled_string(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
-        got = f"is {start_of(repr(value))}, a string was expected" if column in row else "is not in this row"
+        got = f"is {shown(value)}, a string was expected" if column in row else "is not in this row"
         raise Malformed(f"column {column!r} {got}")
     if not value.strip():
         raise Malformed(f"column {column!r} is empty" if not value else f"column {column!r} is blank ({value[:20]!r})")

@@ -7,7 +7,7 @@ as a JSON string (a CSV or Parquet cell).
 import json
 from typing import Any
 
-from .parsing import start_of
+from .parsing import shown
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -31,7 +31,7 @@ def as_conversation(value: Any, column: str) -> list[Message]:
     """Messages of one row. Raises Malformed."""
     value = _decoded(value)
     if not isinstance(value, list):
-        raise Malformed(f"column {column!r} is {start_of(repr(value))}, a list of messages was expected")
+        raise Malformed(f"column {column!r} is {shown(value)}, a list of messages was expected")
     if not value:
         raise Malformed(f"column {column!r} has no messages")
     messages = [_as_message(turn, number) for number, turn in enumerate(value, start=1)]
@@ -49,7 +49,7 @@ def _says_something(turn: Message) -> bool:
 def _as_message(turn: Any, number: int) -> Message:
     """The turn with a known role, content as a string or absent beside tool calls, and its other keys as they are."""
     if not isinstance(turn, dict):
-        raise Malformed(f"message {number} is {start_of(repr(turn))}, an object was expected")
+        raise Malformed(f"message {number} is {shown(turn)}, an object was expected")
     if "role" not in turn and "from" in turn:
         role = SHAREGPT_ROLES.get(str(turn["from"]))
         if role is None:
@@ -74,11 +74,11 @@ def _joined(content: Any, number: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Malformed(f"the content of message {number} is {start_of(repr(content))}, a string was expected")
+        raise Malformed(f"the content of message {number} is {shown(content)}, a string was expected")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise Malformed(
-                f"the content of message {number} holds {start_of(repr(part))}; "
+                f"the content of message {number} holds {shown(part)}; "
                 'only parts {"type": "text", "text": …} are taken'
             )
     return "".join(part["text"] for part in content)
@@ -87,7 +87,7 @@ def _joined(content: Any, number: int) -> str:
 def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
     """The calls with `arguments` as an object: OpenAI writes a JSON string, which templates would encode once more."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Malformed(f"tool_calls of message {number} is {start_of(repr(calls))}, a list of objects was expected")
+        raise Malformed(f"tool_calls of message {number} is {shown(calls)}, a list of objects was expected")
     decoded = []
     for call in calls:
         function = call.get("function")
@@ -104,7 +104,7 @@ def as_tools(value: Any) -> list[dict[str, Any]] | None:
     value = _decoded(value)
     tools = [_decoded(tool) for tool in value] if isinstance(value, list) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Malformed(f"the tools are {start_of(repr(value))}, a list of JSON schemas was expected")
+        raise Malformed(f"the tools are {shown(value)}, a list of JSON schemas was expected")
     return tools or None
 
 

@@ -131,7 +131,7 @@ def parse_json(source: str, text: str) -> Parsed:
     for number, row in enumerate(document, start=1):
         where = f"{source}, row {number}"
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not an object: {start_of(repr(row))}.", "Each row is a JSON object.")
+            raise DataError(f"{where}: not an object: {shown(row)}.", "Each row is a JSON object.")
         if suspect:
             _check_surrogates(where, row)
     return [without_nulls(row, deep=False) for row in document], None
@@ -201,6 +201,12 @@ def _pruned(value: Any, deep: bool, depth: int) -> Any:
     if isinstance(value, dict) and (deep or depth == 1):
         return {key: _pruned(item, deep, depth + 1) for key, item in value.items() if item is not None}
     return value
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """The beginning of a value as Python writes it, for a message."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def start_of(text: str, most: int = 60) -> str:

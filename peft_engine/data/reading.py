@@ -52,6 +52,10 @@ def read_rows(source: str, *, subset: str | None = None, default_split: str = "t
     """
     path = Path(source).expanduser() if source.startswith("~/") else Path(source)
     if _suffix(path.name) or source.startswith((".", "/", "~")) or path.is_absolute() or os.path.exists(path):
+        if subset:
+            raise ConfigError(
+                f"data.subset: {subset!r} is for hub data sets, and {source} is a file.", "Remove data.subset."
+            )
         rows = _read_file(source, path)
     else:
         rows = _read_hub(source, subset, default_split)
@@ -83,7 +87,7 @@ def _read_file(source: str, path: Path) -> Rows:
 
 
 def _read_bytes(source: str, path: Path) -> bytes:
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir() raises where the folder may not be entered
         names = _data_files(path)
         held = f"It holds {', '.join(names)}" if names else f"Files are taken that end in {', '.join(SUFFIXES)}"
         raise ConfigError(f"{source} is a folder, a file was expected.", f"{held}; name one file.")
@@ -98,7 +102,7 @@ def _read_bytes(source: str, path: Path) -> bytes:
 
 def _near_files(path: Path) -> str:
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"There is no folder {folder} either; relative paths start at {Path.cwd()}."
     near = difflib.get_close_matches(path.name, _names(folder), n=3, cutoff=0.5)
     if near:

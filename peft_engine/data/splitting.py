@@ -89,7 +89,7 @@ def load_one(source: str, config: Config, *, need_label: bool, default_split: st
 
 def _load(source: str, config: Config, need_label: bool, default_split: str) -> tuple[Split, Rows, Layout]:
     rows = read_rows(source, subset=config.data.subset, default_split=default_split)
-    columns: dict[str, str] = {part: name for part, name in config.data.columns.items()}
+    columns: dict[str, str] = dict(config.data.columns.items())
     layout = find_layout(rows, config.task, columns, need_label=need_label)
     return Split(to_examples(rows, layout), [rows.where(i) for i in range(len(rows.rows))]), rows, layout
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
 from ..config import Config
-from ..data.chat import Rendered, encode_rendered, render_messages
+from ..data.chat import Rendered, check_stop_token, encode_rendered, render_messages
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
@@ -54,6 +54,7 @@ class CausalLM:
             ids, supervised, text_bytes = self._close(ids, supervised, text_bytes)
             windows = [(start, min(start + limit, len(ids))) for start in range(0, len(ids), limit)]
         else:
+            check_stop_token(self.tokenizer, ids, supervised, where)
             windows = [(0, min(limit, len(ids)))]
         rows = [self._row(ids[a:b], supervised[a:b], text_bytes[a:b], truncated=len(ids) > limit) for a, b in windows]
         rows = [row for row in rows if row.units]
@@ -71,12 +72,15 @@ class CausalLM:
             return Rendered(example["text"], [(0, len(example["text"]))])
         prompt, completion = example["prompt"], example["completion"]
         if isinstance(prompt, list):
-            return render_messages(self.tokenizer, [*prompt, *completion], example.get("tools"), "last" if asked == "auto" else _turns(asked), where)
+            turns, tools = [*prompt, *completion], example.get("tools")
+            return render_messages(self.tokenizer, turns, tools, _turns(asked), where, first=len(prompt))
         end = self.tokenizer.eos_token or ""
         text = prompt + completion + ("" if end and completion.endswith(end) else end)
         return Rendered(text, [(0 if asked == "all" else len(prompt), len(text))])
 
-    def _close(self, ids: list[int], supervised: list[bool], text_bytes: list[int]) -> tuple[list[int], list[bool], list[int]]:
+    def _close(
+        self, ids: list[int], supervised: list[bool], text_bytes: list[int]
+    ) -> tuple[list[int], list[bool], list[int]]:
         """End a document with the end-of-text token, so that the model learns to stop."""
         end = self.tokenizer.eos_token_id
         if end is None or (ids and ids[-1] == end):
@@ -86,7 +90,10 @@ class CausalLM:
     def _row(self, ids: list[int], supervised: list[bool], text_bytes: list[int], truncated: bool) -> EncodedRow:
         # the first token has no predecessor to predict it from
         targets = [False, *supervised[1:]]
-        columns = {"supervised": targets, "text_bytes": [n if is_target else 0 for n, is_target in zip(text_bytes, targets, strict=True)]}
+        columns = {
+            "supervised": targets,
+            "text_bytes": [n if is_target else 0 for n, is_target in zip(text_bytes, targets, strict=True)],
+        }
         return EncodedRow(ids, sum(targets), columns, truncated)
 
     def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:

@@ -19,7 +19,8 @@ class _Scored(Protocol):
 
 class ClassMeter:
     """Single label: accuracy, precision, recall, F1 (macro, micro, per class), MCC, confusion matrix.
-    Several labels: subset accuracy, F1s. Regression: Pearson, Spearman, mean squared and absolute error. Always loss."""
+    Several labels: subset accuracy, F1s. Regression: Pearson, Spearman, mean squared and absolute error. Always loss.
+    """
 
     def __init__(self, task: _Scored) -> None:
         self.task = task
@@ -58,8 +59,14 @@ def _classes(predicted: np.ndarray, wanted: np.ndarray, labels: Labels) -> dict[
     ids = list(range(len(labels.names)))
     result: dict[str, Any] = {"accuracy": float(metrics.accuracy_score(wanted, predicted))}
     for average in ("macro", "micro"):
-        precision, recall, f1, _ = metrics.precision_recall_fscore_support(wanted, predicted, labels=ids, average=average, zero_division=0)
-        result |= {f"precision_{average}": float(precision), f"recall_{average}": float(recall), f"f1_{average}": float(f1)}
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+            wanted, predicted, labels=ids, average=average, zero_division=0
+        )
+        result |= {
+            f"precision_{average}": float(precision),
+            f"recall_{average}": float(recall),
+            f"f1_{average}": float(f1),
+        }
     each = metrics.precision_recall_fscore_support(wanted, predicted, labels=ids, average=None, zero_division=0)
     result["per_class"] = {
         name: {"precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}

@@ -50,7 +50,11 @@ class TextClassification:
             add_mean_pooled_head(model, len(names))
             return Backbone(model, [HEAD], [HEAD], None, digest)
         model, new = load_model(self.config, AutoModelForSequenceClassification, model_config, device, _is_head)
-        heads = [name for name, child in model.named_children() if name != model.base_model_prefix and any(True for _ in child.parameters())]
+        heads = [
+            name
+            for name, child in model.named_children()
+            if name != model.base_model_prefix and any(True for _ in child.parameters())
+        ]
         fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
         return Backbone(model, heads, fresh, "SEQ_CLS", digest_weights(model.base_model))
 
@@ -77,7 +81,11 @@ class TextClassification:
     def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
         limit = self.config.data.max_length
         whole = self.tokenizer(example["text"], verbose=False)
-        cut = self.tokenizer(example["text"], truncation=True, max_length=limit) if len(whole["input_ids"]) > limit else whole
+        cut = (
+            self.tokenizer(example["text"], truncation=True, max_length=limit)
+            if len(whole["input_ids"]) > limit
+            else whole
+        )
         if not cut["input_ids"]:
             return "the tokenizer gives no token for it"
         columns: dict[str, Any] = {}
@@ -120,7 +128,9 @@ class TextClassification:
 class MeanPooled:
     """Mixin that a backbone's class is given: mean of the last hidden states over real tokens, dropout, linear."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> SequenceClassifierOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden = super().forward(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state  # type: ignore[misc]
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
@@ -134,12 +144,12 @@ def add_mean_pooled_head(model: PreTrainedModel, outputs: int) -> None:
     The head is an ordinary submodule `classifier`, so that adapters, checkpoints and exports see one model. An unused
     pooler is dropped: it would never get a gradient.
     """
-    settings = model.config
+    settings: Any = model.config
     rate = getattr(settings, "classifier_dropout", None)
     if rate is None:
-        rate = getattr(settings, "hidden_dropout_prob", 0.0)
+        rate = float(getattr(settings, "hidden_dropout_prob", 0.0))
     if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None
+        model.pooler = None  # type: ignore[assignment]
     first = next(model.parameters())
     model.classifier_dropout = nn.Dropout(rate)
     model.classifier = nn.Linear(settings.hidden_size, outputs, device=first.device, dtype=first.dtype)

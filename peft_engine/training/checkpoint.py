@@ -43,7 +43,11 @@ def save_checkpoint(folder: Path, step: int, trainees: list[Trainee], run_state:
             save_file(trainee.best_tensors, part / f"{name}.best.safetensors")
         flat, scalars = _flatten_optimizer(trainee.optimizer)
         save_file(flat, part / f"{name}.optimizer.safetensors")
-        state["members"][name] = {"trainee": trainee.to_json(), "optimizer": scalars, "initial": _digest_all(trainee.member.initial)}
+        state["members"][name] = {
+            "trainee": trainee.to_json(),
+            "optimizer": scalars,
+            "initial": _digest_all(trainee.member.initial),
+        }
     (part / STATE).write_text(json.dumps(state))
     files = {path.name: digest_file(path) for path in sorted(part.iterdir())}
     (part / MANIFEST).write_text(json.dumps({"step": step, "files": files, "tensors": digests}, indent=1))
@@ -76,7 +80,10 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
     state = read_state(checkpoint)
     names = [trainee.member.spec.name for trainee in trainees]
     if names != list(state["members"]):
-        raise ConfigError(f"{checkpoint} holds members {list(state['members'])}, this run has {names}.", "Resume with the config it began with.")
+        raise ConfigError(
+            f"{checkpoint} holds members {list(state['members'])}, this run has {names}.",
+            "Resume with the config it began with.",
+        )
     for trainee in trainees:
         name = trainee.member.spec.name
         saved = state["members"][name]
@@ -88,9 +95,15 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
         live = _digest_all(trainee.member.tensors)
         wrong = [key for key in live if live[key] != manifest["tensors"][name].get(key)]
         if wrong:
-            raise StorageError(f"{checkpoint}: {len(wrong)} tensors were not restored as saved, {wrong[0]} first.", "Resume from an older checkpoint.")
+            raise StorageError(
+                f"{checkpoint}: {len(wrong)} tensors were not restored as saved, {wrong[0]} first.",
+                "Resume from an older checkpoint.",
+            )
         if saved["initial"] != _digest_all(trainee.member.initial):
-            raise ConfigError(f"{checkpoint}: this machine starts adapter.init from other values than the run did.", "Resume on the same machine and versions.")
+            raise ConfigError(
+                f"{checkpoint}: this machine starts adapter.init from other values than the run did.",
+                "Resume on the same machine and versions.",
+            )
         optimizer = _read_optimizer(checkpoint / f"{name}.optimizer.safetensors", saved["optimizer"])
         trainee.optimizer.load_state_dict(optimizer)
         trainee.restore(saved["trainee"])

@@ -27,7 +27,8 @@ def check_gradients(member: Member) -> None:
     dead = [name for name, tensor in member.tensors.items() if tensor.grad is None]
     if dead:
         raise ConfigError(
-            f"{len(dead)} of {len(member.tensors)} trainable tensors got no gradient, so they would never learn: {', '.join(dead[:3])}.",
+            f"{len(dead)} of {len(member.tensors)} trainable tensors got no gradient, so they would never learn: "
+            f"{', '.join(dead[:3])}.",
             "The model does not use them in this task, or gradient checkpointing cuts them off: adapt other modules, "
             "or set training.gradient_checkpointing: false.",
         )
@@ -65,7 +66,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    )
 
 
 class Signals:
@@ -103,7 +106,10 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self._deferred or self.wanted:
-            raise Interrupted(f"{name}: stopped.", "Run the same command with --resume to go on from the last checkpoint, if there is one.")
+            raise Interrupted(
+                f"{name}: stopped.",
+                "Run the same command with --resume to go on from the last checkpoint, if there is one.",
+            )
         self.wanted = name
 
 

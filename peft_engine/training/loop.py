@@ -163,9 +163,11 @@ class Loop:
             raise
 
     def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
+        longest = int(self.data.lengths.max())
         return OutOfMemory(
-            f"Memory ran out with {size} sequence(s) of up to {int(self.data.lengths.max())} tokens at once: {str(error).splitlines()[0]}",
-            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, or adapt less.",
+            f"Memory ran out with {size} sequence(s) of up to {longest} tokens at once: {str(error).splitlines()[0]}",
+            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, "
+            "or adapt less.",
         )
 
     def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
@@ -178,13 +180,20 @@ class Loop:
         trainee.optimizer.zero_grad(set_to_none=True)
         bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime)
         rows = describe_rows(self.data, self.where, bad or [int(r) for r in trainee.plan.rows(step)])
-        self.hooks.fail({"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows})
+        self.hooks.fail(
+            {"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
+        )
         if trainee.step:
             self.hooks.save(trainee.step)
-        which = f"rows that do it by themselves: {', '.join(r['row'] for r in rows[:3])}" if bad else f"no single row does it; the batch began with {rows[0]['row']}"
+        which = (
+            f"rows that do it by themselves: {', '.join(r['row'] for r in rows[:3])}"
+            if bad
+            else f"no single row does it; the batch began with {rows[0]['row']}"
+        )
         raise Diverged(
             f"Step {step}: loss {loss}, gradient norm {norm}; {which}.",
-            "Lower training.learning_rate, use a wider precision, or mend the rows (failure.json lists them). The weights before this step are kept.",
+            "Lower training.learning_rate, use a wider precision, or mend the rows (failure.json lists them). "
+            "The weights before this step are kept.",
         )
 
     def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
@@ -243,18 +252,30 @@ class Loop:
 
     def _stop_reason(self) -> Interrupted | BudgetReached | None:
         if self.signals.wanted:
-            return Interrupted(f"{self.signals.wanted}: stopped after a complete checkpoint.", "Run the same command with --resume.")
+            return Interrupted(
+                f"{self.signals.wanted}: stopped after a complete checkpoint.", "Run the same command with --resume."
+            )
         budget, seconds = self.config.budget, self.hooks.elapsed()
         spent = cost_usd(seconds, budget.usd_per_hour)
         if budget.max_hours is not None and seconds >= budget.max_hours * 3600:
-            return BudgetReached(f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume.")
+            return BudgetReached(
+                f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume."
+            )
         if budget.max_usd is not None and spent is not None and spent >= budget.max_usd:
-            return BudgetReached(f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume.")
+            return BudgetReached(
+                f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume."
+            )
         return None
 
     def _resident(self, trainee: Trainee) -> list[torch.Tensor]:
         """Tensors that live from step to step: all weights and buffers, every member's optimizer state."""
-        states = [v for t in self.trainees for s in t.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        states = [
+            v
+            for t in self.trainees
+            for s in t.optimizer.state.values()
+            for v in s.values()
+            if isinstance(v, torch.Tensor)
+        ]
         return [*self.group.model.parameters(), *self.group.model.buffers(), *states]
 
     def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:

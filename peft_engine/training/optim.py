@@ -12,7 +12,12 @@ from ..adapters.group import Member
 from ..config import Config
 from ..errors import ConfigError
 
-HF_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "wsd": "warmup_stable_decay"}
+HF_SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "wsd": "warmup_stable_decay",
+}
 WSD_DECAY = 0.2  # share of all steps that decay
 
 
@@ -37,7 +42,10 @@ def make_optimizer(member: Member, config: Config, device: torch.device) -> torc
 
 
 def parameter_groups(member: Member, weight_decay: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
-    """Tensors by (learning-rate factor, decayed or not), in a stable order. Biases and norms (one-dimensional) don't decay."""
+    """Tensors by (learning-rate factor, decayed or not), in a stable order.
+
+    Biases and norms (one-dimensional) don't decay.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, tensor in member.tensors.items():
         is_b = ".lora_B." in name or ".lora_embedding_B" in name
@@ -79,5 +87,7 @@ def _adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, floa
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(f"training.optimizer: adamw8bit needs bitsandbytes ({error}).", "Install it, or use adamw.") from error
+        raise ConfigError(
+            f"training.optimizer: adamw8bit needs bitsandbytes ({error}).", "Install it, or use adamw."
+        ) from error
     return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)

@@ -44,9 +44,22 @@ class Trainee:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     SAVED = (
-        "step", "micro_batch_size", "window", "step_seconds", "timed_tokens", "total_tokens", "train_seconds", "live_bytes",
-        "best_value", "best_step", "waited", "stopped", "updates", "skipped", "evaluations",
-    )  # fmt: skip
+        "step",
+        "micro_batch_size",
+        "window",
+        "step_seconds",
+        "timed_tokens",
+        "total_tokens",
+        "train_seconds",
+        "live_bytes",
+        "best_value",
+        "best_step",
+        "waited",
+        "stopped",
+        "updates",
+        "skipped",
+        "evaluations",
+    )
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.SAVED}

@@ -198,6 +198,14 @@ def test_conversation_that_begins_with_the_assistant():
         render_messages(tokenizer, HELLO[1:], None, "assistant", "row 1")
 
 
+def test_first_assistant_turn_without_the_opening_of_the_generation_prompt():
+    template = samples.CHATML.replace(
+        "{% if add_generation_prompt %}<|im_start|>assistant", "{% if add_generation_prompt %}##"
+    )
+    with pytest.raises(DataError, match=r"row 1: the first message is the assistant's"):
+        render_messages(chatml(template), HELLO[1:], None, "assistant", "row 1")
+
+
 def test_assistant_turns_that_follow_one_another():
     messages = [turn("user", "a"), turn("assistant", "b"), turn("assistant", "c")]
     assert learned(chatml(), messages) == "b<|im_end|>c<|im_end|>"
