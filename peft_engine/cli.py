@@ -1,5 +1,6 @@
 """The command line. Each verb is a thin call; heavy imports happen inside the verbs."""
 
+import errno
 import json
 import logging
 import os
@@ -10,62 +11,152 @@ from typing import Any
 
 import click
 
-from .errors import EngineError
+from .errors import EngineError, OutOfMemory
 
 OVERRIDES = click.option(
-    "--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting; may be repeated."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=C",
+    help="Override a setting, such as training.epochs=1; may be repeated.",
 )
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."
 )
+CONFIG = click.argument("config", metavar="CONFIG")
 RUN = click.argument("run", metavar="RUN")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class InOrder(click.Group):
+    """Lists the verbs in the order in which they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="peft-engine", prog_name="peft-engine")
 def cli() -> None:
     """Fine-tune Hugging Face models with adapters, and know what it costs.
 
     \b
     Start:  peft-engine init --task text-classification --model PATH > my.yaml
-            peft-engine validate my.yaml
-            peft-engine data my.yaml
-            peft-engine train my.yaml
+            peft-engine validate my.yaml      all faults of the settings at once
+            peft-engine data my.yaml          what the model would see of the data
+            peft-engine train my.yaml         writes the run directory that my.yaml names
+            peft-engine predict my.yaml --input new.csv --output labelled.csv
 
-    Exit codes: 0 ok, 1 internal error, 2 settings or a missing file, 3 data, 4 out of memory, 5 diverged, 6 budget
-    reached, 7 verification failed, 8 storage, 75 interrupted (go on with --resume).
+    \b
+    Exit codes: 0 ok, 1 internal error, 2 settings, or a model or file that isn't there,
+    3 data, 4 out of memory, 5 diverged, 6 budget reached, 7 verification failed,
+    8 storage, 75 interrupted (go on with train --resume).
     """
 
 
 @cli.command()
-@click.argument("config")
+@click.option(
+    "--task", type=click.Choice(["causal-lm", "text-classification"]), required=True, help="What is to be learned."
+)
+@click.option("--model", required=True, metavar="MODEL", help="Hub id or local folder.")
+def init(task: str, model: str) -> None:
+    """Print a commented config to start from.
+
+    \b
+    peft-engine init --task causal-lm --model HuggingFaceTB/SmolLM2-135M-Instruct > my.yaml
+
+    Then name your data (data.train) and the run directory (output) in it.
+    """
+    from .config_writing import starter
+
+    click.echo(starter(task, model), nl=False)
+
+
+@cli.command()
+@CONFIG
+@OVERRIDES
+@AS_JSON
+def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check the settings of CONFIG; all faults at once.
+
+    Looks at the file alone: data and model are looked at by `data` and `train`.
+    """
+    from .config_reading import load_config
+
+    found = load_config(config, overrides)
+    _show({"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid."))
+
+
+@cli.command()
+@CONFIG
+@OVERRIDES
+@AS_JSON
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows of the mask preview.")
+def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
+    """Look at the data before training.
+
+    Counts, lengths, labels, duplicates, leakage and truncation of each split, and the first training rows as the model
+    reads them: what is learned is green, or stands between ⟦ and ⟧ where there are no colours.
+    """
+    from .config_reading import load_config
+
+    settings = load_config(config, overrides)
+    from rich.console import Console
+
+    from .inspection import inspect_data
+
+    report, show = inspect_data(settings, rows)
+    _show(report, as_json, lambda: show(Console()))
+
+
+@cli.command()
+@CONFIG
 @OVERRIDES
 @AS_JSON
 @click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint of the output.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the output holds.")
-@click.option("--quiet", is_flag=True, help="Only errors, and the summary's place.")
+@click.option("--quiet", is_flag=True, help="No progress: only errors and the summary.")
 def train(config: str, overrides: tuple[str, ...], as_json: bool, resume: bool, overwrite: bool, quiet: bool) -> None:
     """Fine-tune as CONFIG says; write the run directory.
 
-    Evaluates before and after, checkpoints on the way, saves the adapter. SIGINT or SIGTERM writes a checkpoint first.
+    Evaluates before and after, checkpoints on the way, saves the adapter. The first Ctrl-C (SIGINT) or SIGTERM writes
+    a checkpoint and exits with 75; --resume goes on from there to the same result, bit by bit.
+
+    \b
+    peft-engine train my.yaml --set output=runs/rank4 --set adapter.rank=4
     """
     if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other.")
+        raise click.UsageError("--resume and --overwrite exclude each other: go on with the run, or replace it.")
     from .config_reading import load_config
+    from .run_directory import RunDirectory
+
+    settings = load_config(config, overrides)
+    RunDirectory(settings.output).refuse_occupied(resume=resume, overwrite=overwrite)  # before torch is waited for
     from .run import train as run_train
 
-    summary = run_train(load_config(config, overrides), resume=resume, overwrite=overwrite, quiet=quiet)
-    _show(summary, as_json, lambda: print_summary(summary, load_config(config, overrides).output))
+    summary = run_train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+    _show(summary, as_json, lambda: print_summary(summary, settings.output))
 
 
 @cli.command()
 @RUN
-@click.option("--split", type=click.Choice(["train", "eval", "test"]), default="test", show_default=True)
-@click.option("--data", help="A labelled file instead of a split.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "eval", "test"]),
+    default="test",
+    show_default=True,
+    help="Which split of the run's own data.",
+)
+@click.option("--data", metavar="FILE", help="A file with the labels or answers, instead of a split.")
 @OVERRIDES
 @AS_JSON
 def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Metrics of a run's adapter on a split or a file. RUN is a run directory, or its config."""
+    """Metrics of a run on a split or a file.
+
+    RUN is a run directory, or the config whose output it is.
+    """
+    from .run_directory import find_run
+
+    find_run(run, overrides)  # before torch is waited for
     from .using import evaluate as run_evaluate
 
     found = run_evaluate(run, split, data=data, overrides=overrides)
@@ -74,15 +165,32 @@ def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...],
 
 @cli.command()
 @RUN
-@click.option("--input", "source", required=True, help="csv, jsonl, json, parquet or txt with the columns of training.")
-@click.option("--output", "target", help=".csv or .jsonl to write; without it JSON lines go to stdout.")
+@click.option(
+    "--input", "source", required=True, metavar="FILE", help="csv, tsv, jsonl, json, parquet or txt (a text per line)."
+)
+@click.option(
+    "--output", "target", metavar="FILE", help=".csv or .jsonl to write; without it JSON lines go to stdout."
+)
 @OVERRIDES
-def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...]) -> None:
-    """Labels and probabilities, or generated text, for every row of a file."""
+@AS_JSON
+def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Label, or answer, every row of a file.
+
+    The input has the text, prompt or messages columns of training; labels are not needed. The output keeps its columns
+    and adds `predicted`, with the probability of each class. RUN is a run directory, or the config whose output it is.
+
+    \b
+    peft-engine predict runs/mine --input new.csv --output labelled.csv
+    """
+    from .run_directory import find_run
+
+    find_run(run, overrides)  # before torch is waited for
     from .using import predict as run_predict
 
     rows = run_predict(run, source, target, overrides=overrides)
-    if target:
+    if as_json:
+        _show({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), True, lambda: None)
+    elif target:
         click.echo(f"{len(rows)} rows written to {target}", err=True)
     else:
         for row in rows:
@@ -92,12 +200,45 @@ def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...
 @cli.command()
 @RUN
 @click.argument("prompt")
-@click.option("--system", help="System message.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--system", metavar="TEXT", help="System message, where the model has a chat template.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Stop here at the latest.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="0 takes the likeliest token each time; higher is freer.",
+)
+@OVERRIDES
 @AS_JSON
-def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, temperature: float, as_json: bool) -> None:
-    """Answer PROMPT with a run's adapter, streamed as it is made."""
+def generate(
+    run: str,
+    prompt: str,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Answer PROMPT with a causal-lm run, streamed as it is made.
+
+    The prompt goes through the model's chat template where it has one. RUN is a run directory, or the config whose
+    output it is.
+
+    \b
+    peft-engine generate runs/mine "Name three rivers." --max-new-tokens 50
+    """
+    from .run_directory import find_run
+
+    find_run(run, overrides)  # before torch is waited for
     from .using import generate as run_generate
 
     text = run_generate(
@@ -107,6 +248,7 @@ def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, tem
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         streamer=None if as_json else _streamer,
+        overrides=overrides,
     )
     if as_json:
         click.echo(json.dumps({"text": text}, ensure_ascii=False))
@@ -115,13 +257,26 @@ def generate(run: str, prompt: str, system: str | None, max_new_tokens: int, tem
 @cli.command()
 @RUN
 @click.option("--merged", is_flag=True, help="Fold the adapter into the weights: an ordinary transformers model.")
-@click.option("--to", "target", help="Folder to write; <run>/merged for --merged.")
+@click.option("--to", "target", metavar="FOLDER", help="Where to write it; with --merged RUN/merged by default.")
+@OVERRIDES
 @AS_JSON
-def export(run: str, merged: bool, target: str | None, as_json: bool) -> None:
-    """Export a run's adapter or merged model, reload it in plain peft or transformers, and compare logits."""
+def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Verify a run's adapter in plain peft, or merge it.
+
+    Reloads what is exported in plain transformers and peft, without this engine, compares the logits, and fails
+    (exit 7) where they differ. RUN is a run directory, or the config whose output it is.
+
+    \b
+    peft-engine export runs/mine                      RUN/adapter as it stands, verified
+    peft-engine export runs/mine --to my-adapter      the same, copied
+    peft-engine export runs/mine --merged             one model folder, for any tool
+    """
+    from .run_directory import find_run
+
+    find_run(run, overrides)  # before torch is waited for
     from .using import export as run_export
 
-    folder, drift = run_export(run, merged=merged, target=target)
+    folder, drift = run_export(run, merged=merged, target=target, overrides=overrides)
     found = {
         "folder": str(folder),
         "relative": drift.relative,
@@ -137,46 +292,11 @@ def export(run: str, merged: bool, target: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("config")
-@OVERRIDES
-@AS_JSON
-@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows of the mask preview.")
-def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
-    """Look at the data before training: counts, lengths, labels, duplicates, leakage, truncation, what is learned."""
-    from rich.console import Console
-
-    from .config_reading import load_config
-    from .inspection import inspect_data
-
-    report, show = inspect_data(load_config(config, overrides), rows)
-    _show(report, as_json, lambda: show(Console()))
-
-
-@cli.command()
-@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), required=True)
-@click.option("--model", required=True, help="Hub id or local folder.")
-def init(task: str, model: str) -> None:
-    """Print a commented config to start from."""
-    from .config_writing import starter
-
-    click.echo(starter(task, model), nl=False)
-
-
-@cli.command()
-@click.argument("config")
-@OVERRIDES
-@AS_JSON
-def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check CONFIG; all faults at once."""
-    from .config_reading import load_config
-
-    found = load_config(config, overrides)
-    _show({"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid."))
-
-
-@cli.command()
 def schema() -> None:
-    """Print the JSON Schema of configs, for editors."""
+    """Print the JSON Schema of configs, for editors.
+
+    A config that begins with `# yaml-language-server: $schema=schema.json` is completed and checked by the editor.
+    """
     from .config_writing import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
@@ -196,23 +316,18 @@ def main() -> None:
     """Entry point: one clear message and the right exit code for whatever a user can cause."""
     warnings.filterwarnings("ignore")
     _calm_libraries()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals that are not UTF-8
     try:
         cli(standalone_mode=False)
-    except EngineError as error:
-        _complain(error.problem, error.fix)
-        _leave(error.exit_code)
+        sys.stdout.flush()
     except click.exceptions.Abort:
+        _complain("Interrupted.", "")
         _leave(75)
     except click.ClickException as error:
         error.show()
         _leave(2)
-    except MemoryError:
-        _complain("Memory ran out.", "Lower data.max_length or training.batch_size, or use a machine with more memory.")
-        _leave(4)
-    except OSError as error:
-        from .run_directory import explain_storage
-
-        known = explain_storage(error)
+    except Exception as error:
+        known = error if isinstance(error, EngineError) else _explain(error)
         if known is None:
             raise
         _complain(known.problem, known.fix)
@@ -273,6 +388,26 @@ def _streamer(tokenizer: Any) -> Any:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+def _explain(error: Exception) -> EngineError | None:
+    """A fault of the machine in the user's words; None for one of our own."""
+    from .run_directory import explain_storage
+
+    text = str(error)
+    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if "torch" in sys.modules and isinstance(error, RuntimeError):
+        from .training.guards import is_out_of_memory
+
+        memory = memory or is_out_of_memory(error)
+    if isinstance(error, ImportError):  # a shared library that found no room
+        memory = memory or "failed to map segment" in text or "cannot allocate memory" in text.lower()
+    if memory:
+        return OutOfMemory(
+            f"Memory ran out ({text.splitlines()[0] if text else type(error).__name__}).",
+            "Use a machine with more memory, or take a smaller model, a lower data.max_length or fewer rows.",
+        )
+    return explain_storage(error) if isinstance(error, OSError) else None
+
+
 def _complain(problem: str, fix: str) -> None:
     click.echo(f"error: {problem}", err=True)
     if fix:
@@ -291,6 +426,9 @@ def _calm_libraries() -> None:
 
 
 def _leave(code: int) -> None:
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # told already; Python would tell it again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.stderr.flush()
     sys.exit(code)

@@ -1,6 +1,8 @@
 """What leaves a run: the adapter with its tokenizer and model card, or a merged model; verified by plain libraries."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,21 @@ def save_trained(
     summary: dict[str, Any],
     config: Config,
 ) -> None:
-    """Write `adapter/`: weights, settings, tokenizer, class names, model card."""
-    save_adapter(group, member, folder)
-    task.tokenizer.save_pretrained(str(folder))
+    """Write `adapter/`: weights, settings, tokenizer, class names, model card. It is there whole or not at all."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    save_adapter(group, member, part)
+    task.tokenizer.save_pretrained(str(part))
+    write_labels(labels, part)
+    write_card(part / "README.md", group, config, labels, summary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def write_labels(labels: Labels | None, folder: Path) -> None:
     if labels is not None:
-        (folder / LABELS).write_text(
-            json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-    write_card(folder / "README.md", group, config, labels, summary)
+        text = json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n"
+        (folder / LABELS).write_text(text, encoding="utf-8")
 
 
 def read_labels(folder: Path) -> Labels | None:
@@ -100,10 +109,7 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
     task.tokenizer.save_pretrained(str(folder))
-    if labels is not None:
-        (folder / LABELS).write_text(
-            json.dumps(labels.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    write_labels(labels, folder)
     device = batch["input_ids"].device
     if mean_pooled:
         encoder: Any = AutoModel.from_pretrained(str(folder))

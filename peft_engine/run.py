@@ -1,5 +1,6 @@
 """The arrow: config → backbone → data → adapters → train → evaluate → export, into a run directory."""
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -61,10 +62,11 @@ def train(
         EngineError: see `errors`; its `exit_code` is the command line's.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    directory = RunDirectory(config.output)
+    main = os.environ.get("RANK", "0") == "0"  # one writer among processes
+    directory = RunDirectory(config.output, writes=main)
     directory.refuse_occupied(resume=resume, overwrite=overwrite)
     signals = Signals()
-    with directory, signals.handled(), ProgressView(Console(stderr=True), quiet) as view:
+    with directory, signals.handled(), ProgressView(Console(stderr=True), quiet or not main) as view:
         return _Run(config, directory, signals, view, resume and directory.holds_run()).go()
 
 
@@ -104,16 +106,7 @@ class _Run:
             self._loop().run()
         after = self._judge(self.group.members[0], self._final_split())
         summary = self._summary(after)
-        with self.timer.phase("save"), storage_errors(self.directory.adapter):
-            save_trained(
-                self.group,
-                self.group.members[0],
-                self.task,
-                self.splits.labels,
-                self.directory.adapter,
-                summary,
-                config,
-            )
+        self._write_adapter(summary)
         summary["seconds"] = self._phases()
         summary["wall_seconds"] = self._elapsed()
         summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
@@ -134,6 +127,8 @@ class _Run:
         state = read_state(checkpoints[-1])["run"]
         self._refuse_other_input(state, checkpoints[-1])
         load_checkpoint(checkpoints[-1], self.trainees)
+        if self.config.training.micro_batch_size != "auto":
+            self.trainees[0].micro_batch_size = self.config.training.micro_batch_size
         self.earlier, self.saved_phases, self.before = state["wall_seconds"], state["seconds"], state["before"]
         self.directory.cut_metrics(self.trainees[0].step)
         self.directory.write_text("config.yaml", to_yaml(self.config))
@@ -202,10 +197,19 @@ class _Run:
             "weights_digest": self.group.backbone.weights_digest,
             "versions": versions(),
         }
+        if not self.directory.writes:
+            return
         with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
             save_checkpoint(
                 self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit
             )
+
+    def _write_adapter(self, summary: dict[str, Any]) -> None:
+        if not self.directory.writes:
+            return
+        group, labels, folder = self.group, self.splits.labels, self.directory.adapter
+        with self.timer.phase("save"), storage_errors(folder):
+            save_trained(group, group.members[0], self.task, labels, folder, summary, self.config)
 
     def _elapsed(self) -> float:
         return self.earlier + time.perf_counter() - self.began
@@ -284,6 +288,7 @@ def build_group(
     refuse_too_long(backbone.model, data)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
+    refuse_mixed_dtypes(group, runtime)
     if config.training.gradient_checkpointing:
         if not backbone.model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -312,6 +317,19 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
         )
         for member in group.members
     ]
+
+
+def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
+    """Trained tensors are fp32; inside a narrower backbone, anything but LoRA's own products needs autocast."""
+    dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
+    narrow = dtypes - {torch.float32}
+    own = [name for name in group.members[0].tensors if ".lora_" not in name]
+    if narrow and own and runtime.precision == "fp32":
+        raise ConfigError(
+            f"model.dtype: {own[0]} trains in float32 inside a {narrow.pop()} backbone, "
+            "and training.precision is fp32.",
+            "Set model.dtype: float32, or training.precision: bf16.",
+        )
 
 
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:

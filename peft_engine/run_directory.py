@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,10 +21,15 @@ DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RunDirectory:
-    """`<output>/` of a run. Use as a context manager: it holds a lock on the folder."""
+    """`<output>/` of a run. Use as a context manager: it holds a lock on the folder.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        writes: false in all but the first of several processes: they read, and writing does nothing.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True) -> None:
         self.path = Path(path).expanduser()
+        self.writes = writes
         self._lock: int | None = None
 
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -40,6 +46,8 @@ class RunDirectory:
             ConfigError: it holds a run and neither flag was given, or it is a file.
             StorageError: it can't be written.
         """
+        if not self.writes:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output: {self.path} is a file.", "Name a folder.")
         if self.holds_run() and not resume and not overwrite:
@@ -54,6 +62,8 @@ class RunDirectory:
             probe.unlink()
 
     def __enter__(self) -> "RunDirectory":
+        if not self.writes:
+            return self
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
@@ -74,6 +84,8 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete the files of an earlier run, and nothing else that stands in the folder."""
+        if not self.writes:
+            return
         with storage_errors(self.path):
             for name in OWN:
                 target = self.path / name
@@ -81,21 +93,25 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file beside its place and rename it, so that a reader never sees half of it."""
+        if not self.writes:
+            return
         part = self.path / f".{name}.part"
         with storage_errors(self.path / name):
             part.write_text(text, encoding="utf-8")
             os.replace(part, self.path / name)
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=2, default=str) + "\n")
+        self.write_text(name, json.dumps(plain(content), indent=2, default=str) + "\n")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(plain(row)) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Drop rows after `step`: the resumed run writes them again."""
-        if not self.metrics.exists():
+        if not self.writes or not self.metrics.exists():
             return
         rows = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
@@ -104,6 +120,15 @@ class RunDirectory:
                 if row["step"] <= step:
                     rows.append(line)
         self.write_text("metrics.jsonl", "".join(f"{line}\n" for line in rows))
+
+
+def plain(content: Any) -> Any:
+    """`content` as strict JSON has it: numbers that are not finite become null."""
+    if isinstance(content, dict):
+        return {key: plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """What every test shares. Set before torch is imported, and inherited by the processes that tests start."""
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,11 @@ def assets() -> Path:
     if missing:
         pytest.fail(f"{', '.join(missing)} not in .assets: run `make assets`.", pytrace=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family → folder of a tiny random model (see tiny.py), made once. Don't write into it."""
+    from tiny import make_model
+
+    return cache(lambda family: make_model(family, tmp_path_factory.mktemp("models") / family))

@@ -91,7 +91,7 @@ def plain_name(name: str, adapter: str) -> str:
 
 
 def initialise(module: nn.Module, std: float, seed: int) -> None:
-    """Start a new head from a seed, as transformers does: normal weights, zero biases; other layers reset themselves."""
+    """Start a new head from a seed as transformers does: normal weights, zero biases; other layers reset themselves."""
     seed_everything(seed, 1)
     with torch.no_grad():
         for part in module.modules():

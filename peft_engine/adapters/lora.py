@@ -108,4 +108,6 @@ def without_moved_weights(
 def _member(model: Any, spec: MemberSpec) -> Member:
     model.set_adapter(spec.name)
     tensors = {plain_name(name, spec.name): p for name, p in model.named_parameters() if p.requires_grad}
+    for tensor in tensors.values():
+        tensor.data = tensor.data.float()  # peft widens its adapters, not modules_to_save and biases (trap 17)
     return Member(spec, tensors)

@@ -44,6 +44,7 @@ class TextClassification:
         model_config.label2id = {name: i for i, name in enumerate(names)}
         model_config.problem_type = PROBLEM[self.labels.kind]
         model_config.pad_token_id = padding_id(self.tokenizer)
+        model_config.use_cache = False
         if self._pooling() == "mean":
             model, _ = load_model(self.config, AutoModel, model_config, device, _is_pooler)
             digest = digest_weights(model)

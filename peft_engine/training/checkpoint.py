@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from .state import Trainee
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-SEPARATOR = "::"  # between a parameter's index and its optimizer state's name
+SEPARATOR = "::"  # between a parameter's index and the name (or names) of its optimizer state
 
 
 def save_checkpoint(folder: Path, step: int, trainees: list[Trainee], run_state: dict[str, Any], keep: int) -> Path:
     """Write `folder/step-N` and delete older ones beyond `keep`; the new one is complete before any is deleted."""
     final = folder / f"step-{step}"
+    if (final / MANIFEST).is_file():
+        return final  # the same step of the same run: replacing it would leave a moment without it
     part = folder / f".step-{step}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -51,13 +54,12 @@ def save_checkpoint(folder: Path, step: int, trainees: list[Trainee], run_state:
     (part / STATE).write_text(json.dumps(state))
     files = {path.name: digest_file(path) for path in sorted(part.iterdir())}
     (part / MANIFEST).write_text(json.dumps({"step": step, "files": files, "tensors": digests}, indent=1))
-    for path in part.iterdir():
+    for path in (*part.iterdir(), part):
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
     _flush(folder)
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _clean(folder, keep)
     return final
 
 
@@ -65,6 +67,17 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints with a manifest, oldest first."""
     steps = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
     return sorted(steps, key=lambda p: int(p.name[5:]))
+
+
+def _clean(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what a crash left of others.
+
+    Each is renamed first, so that one half deleted never looks complete.
+    """
+    for old in complete_checkpoints(folder)[:-keep]:
+        os.replace(old, folder / f".{old.name}.part")
+    for part in folder.glob(".step-*.part"):
+        shutil.rmtree(part)
 
 
 def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]:
@@ -114,22 +127,42 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
+    """state.json of a checkpoint. Raises StorageError where it is missing or altered."""
+    _verify_file(checkpoint, STATE, _read_manifest(checkpoint)["files"].get(STATE))
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state
 
 
 def verify_files(checkpoint: Path) -> dict[str, Any]:
     """The manifest, after every file's sha256 was compared with it."""
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
+    manifest = _read_manifest(checkpoint)
     for name, digest in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file() or digest_file(path) != digest:
-            raise StorageError(
-                f"{path} is {'altered' if path.is_file() else 'missing'}: its sha256 is not the one in {MANIFEST}.",
-                f"Delete {checkpoint} to resume from the checkpoint before it.",
-            )
+        _verify_file(checkpoint, name, digest)
     return manifest
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest["files"], dict) and isinstance(manifest["tensors"], dict):
+            return dict(manifest)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise StorageError(f"{path} can't be read: it is no manifest.", _older(checkpoint))
+
+
+def _verify_file(checkpoint: Path, name: str, digest: str | None) -> None:
+    path = checkpoint / name
+    if not path.is_file() or digest_file(path) != digest:
+        raise StorageError(
+            f"{path} is {'altered' if path.is_file() else 'missing'}: its sha256 is not the one in {MANIFEST}.",
+            _older(checkpoint),
+        )
+
+
+def _older(checkpoint: Path) -> str:
+    return f"Delete {checkpoint} to resume from the checkpoint before it."
 
 
 def digest_tensor(tensor: Tensor) -> str:
@@ -152,29 +185,38 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tens
     """An optimizer's state as tensors and as JSON."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}{SEPARATOR}{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                scalars.setdefault(str(index), {})[name] = value
+    scalars: dict[str, Any] = {}
+    for key, value in _leaves(state["state"]):
+        if isinstance(value, Tensor):
+            tensors[key] = value.detach().cpu().contiguous().clone()
+        else:
+            scalars[key] = value
     rest = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
     assert not rest, f"optimizer state of an unknown form: {list(rest)}"
     return tensors, {"scalars": scalars, "param_groups": state["param_groups"]}
 
 
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested dicts by their joined keys (bitsandbytes keeps its 8-bit state in a dict of its own)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}{SEPARATOR}")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _read_optimizer(path: Path, saved: dict[str, Any]) -> dict[str, Any]:
     try:
-        tensors = load_file(path)
+        leaves: dict[str, Any] = {**load_file(path), **saved["scalars"]}
     except SafetensorError as error:
         raise StorageError(f"{path} can't be read: {error}.", "Resume from an older checkpoint.") from error
     state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(SEPARATOR, 1)
-        state.setdefault(int(index), {})[name] = tensor
-    for index, values in saved["scalars"].items():
-        state.setdefault(int(index), {}).update(values)
+    for key, value in leaves.items():
+        index, *names, last = key.split(SEPARATOR)
+        place = state.setdefault(int(index), {})
+        for name in names:
+            place = place.setdefault(name, {})
+        place[last] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in saved["param_groups"]]
     return {"state": state, "param_groups": groups}
 
