@@ -1,7 +1,9 @@
 """The frozen backbone: a transformers model and its tokenizer, loaded and checked."""
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.pytorch_utils import Conv1D
 
 from .config import Config, ModelConfig
-from .errors import ConfigError, StorageError
+from .errors import ConfigError, EngineError, OutOfMemory, StorageError
 from .runtime import seed_everything
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
@@ -50,6 +52,11 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _explain(settings, error, "tokenizer") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up where the folder holds no tokenizer
+        raise ConfigError(
+            f"model.path: {settings.path} holds no tokenizer: its vocabulary is empty.",
+            "Put tokenizer.json and tokenizer_config.json of the model beside its weights.",
+        )
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -163,6 +170,15 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """Longest sequence that the model takes, None where nothing says so."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from there
+    return positions
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of all matrix products that can take an adapter, output embeddings left out."""
     get_output = getattr(model, "get_output_embeddings", None)
@@ -198,14 +214,25 @@ def _refuse_missing(settings: ModelConfig) -> None:
         )
 
 
-def _explain(settings: ModelConfig, error: Exception, what: str) -> ConfigError:
+def _explain(settings: ModelConfig, error: Exception, what: str) -> EngineError:
     """Say in one sentence why transformers could not load `what`."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return OutOfMemory(f"Memory ran out loading {settings.path}.", "Take a smaller model, or more memory.")
+    folder = Path(settings.path).expanduser()
+    closed = [path for path in folder.iterdir() if not os.access(path, os.R_OK)] if folder.is_dir() else []
+    if closed:  # libraries say that it isn't there
+        return StorageError(f"{closed[0]} can't be read: permission denied.", "Check who may read the model's files.")
     text = str(error)
     where = f"model.path: {settings.path}" + (f" at revision {settings.revision}" if settings.revision else "")
     if "trust_remote_code" in text:
         return ConfigError(
             f"{where} needs Python code that comes with the model.",
             "Read that code, then set model.trust_remote_code: true.",
+        )
+    if "does not recognize this architecture" in text:
+        return ConfigError(
+            f"{where}: {_first_line(text, 120)}",
+            "Upgrade transformers if the architecture is newer than it, or correct model_type in config.json.",
         )
     if not Path(settings.path).expanduser().is_dir():
         return ConfigError(
@@ -218,6 +245,6 @@ def _explain(settings: ModelConfig, error: Exception, what: str) -> ConfigError:
     )
 
 
-def _first_line(text: str) -> str:
+def _first_line(text: str, most: int = 200) -> str:
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
-    return line if len(line) <= 200 else line[:200] + "…"
+    return line if len(line) <= most else line[:most] + "…"

@@ -7,11 +7,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .errors import EngineError, OutOfMemory
+from .printing import print_metrics, print_summary
 
 OVERRIDES = click.option(
     "--set",
@@ -90,7 +92,9 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @CONFIG
 @OVERRIDES
 @AS_JSON
-@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows of the mask preview.")
+@click.option(
+    "--rows", type=click.IntRange(0), default=3, show_default=True, metavar="N", help="Rows of the mask preview."
+)
 def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
     """Look at the data before training.
 
@@ -130,7 +134,8 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool, resume: bool, 
     from .run_directory import RunDirectory
 
     settings = load_config(config, overrides)
-    RunDirectory(settings.output).refuse_occupied(resume=resume, overwrite=overwrite)  # before torch is waited for
+    if os.environ.get("RANK", "0") == "0":  # one writer among processes; told before torch is waited for
+        RunDirectory(settings.output).refuse_occupied(resume=resume, overwrite=overwrite)
     from .run import train as run_train
 
     summary = run_train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -168,9 +173,7 @@ def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...],
 @click.option(
     "--input", "source", required=True, metavar="FILE", help="csv, tsv, jsonl, json, parquet or txt (a text per line)."
 )
-@click.option(
-    "--output", "target", metavar="FILE", help=".csv or .jsonl to write; without it JSON lines go to stdout."
-)
+@click.option("--output", "target", metavar="FILE", help=".csv or .jsonl to write; without it JSON lines go to stdout.")
 @OVERRIDES
 @AS_JSON
 def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -188,19 +191,20 @@ def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...
     from .using import predict as run_predict
 
     rows = run_predict(run, source, target, overrides=overrides)
-    if as_json:
-        _show({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), True, lambda: None)
-    elif target:
-        click.echo(f"{len(rows)} rows written to {target}", err=True)
-    else:
-        for row in rows:
+
+    def show() -> None:
+        if target:
+            click.echo(f"{len(rows)} rows written to {target}", err=True)
+        for row in () if target else rows:
             click.echo(json.dumps(row, ensure_ascii=False))
+
+    _show({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), as_json, show)
 
 
 @cli.command()
 @RUN
 @click.argument("prompt")
-@click.option("--system", metavar="TEXT", help="System message, where the model has a chat template.")
+@click.option("--system", metavar="TEXT", help="System message, for runs that learned conversations.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -230,7 +234,8 @@ def generate(
 ) -> None:
     """Answer PROMPT with a causal-lm run, streamed as it is made.
 
-    The prompt goes through the model's chat template where it has one. RUN is a run directory, or the config whose
+    The prompt goes through the model's chat template where the run learned conversations; else it is continued as it
+    stands. RUN is a run directory, or the config whose
     output it is.
 
     \b
@@ -335,49 +340,11 @@ def main() -> None:
     _leave(0)
 
 
-def print_summary(summary: dict[str, Any], output: str) -> None:
-    """What a person wants to know after training."""
-    metrics = summary["metrics"]
-    before, after = metrics["before"], metrics["after"]
-    click.echo(f"\n{summary['method']} on {summary['task']}, {summary['steps']} steps, {metrics['split']} split")
-    for name in after:
-        if isinstance(after[name], float):
-            click.echo(f"  {name:<18} {before.get(name, float('nan')):>10.4f} → {after[name]:.4f}")
-    share = summary["trainable_parameters"] / summary["total_parameters"]
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary["seconds"].items())
-    click.echo(f"  time               {summary['wall_seconds']:.1f} s ({phases})")
-    if summary["tokens_per_second"]:
-        milliseconds = summary["step_seconds"] * 1000
-        click.echo(
-            f"  speed              {summary['tokens_per_second']:,.0f} tokens/s, {milliseconds:.0f} ms a step (median)"
-        )
-    if summary["peak_bytes"]:
-        click.echo(f"  peak memory        {summary['peak_bytes'] / 2**20:,.0f} MiB ({summary['peak_bytes_meaning']})")
-    click.echo(f"  resident           {summary['peak_rss_bytes'] / 2**20:,.0f} MiB at most")
-    trainable, total = summary["trainable_parameters"], summary["total_parameters"]
-    click.echo(f"  trained            {trainable:,} of {total:,} parameters ({share:.2%})")
-    if summary["cost_usd"] is not None:
-        click.echo(f"  cost               {summary['cost_usd']:.4f} USD")
-    click.echo(f"  files              {output}/adapter, {output}/run.json, {output}/metrics.jsonl")
-
-
-def print_metrics(metrics: dict[str, Any]) -> None:
-    for name, value in metrics.items():
-        if isinstance(value, int | float):
-            click.echo(f"{name:<18} {value:.4f}" if isinstance(value, float) else f"{name:<18} {value}")
-    if "per_class" in metrics:
-        click.echo(f"\n{'class':<24} {'precision':>9} {'recall':>9} {'f1':>9} {'rows':>7}")
-        for name, one in metrics["per_class"].items():
-            click.echo(f"{name:<24} {one['precision']:>9.4f} {one['recall']:>9.4f} {one['f1']:>9.4f} {one['rows']:>7}")
-    if "confusion" in metrics:
-        click.echo("\nconfusion (rows: true, columns: predicted)")
-        for line in metrics["confusion"]:
-            click.echo("  " + " ".join(f"{n:>7}" for n in line))
-
-
 def _show(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    from .run_directory import plain
+
     if as_json:
-        click.echo(json.dumps(found, default=str))
+        click.echo(json.dumps(plain(found), default=str))
     else:
         show()
 
@@ -405,7 +372,9 @@ def _explain(error: Exception) -> EngineError | None:
             f"Memory ran out ({text.splitlines()[0] if text else type(error).__name__}).",
             "Use a machine with more memory, or take a smaller model, a lower data.max_length or fewer rows.",
         )
-    return explain_storage(error) if isinstance(error, OSError) else None
+    if not isinstance(error, OSError):
+        return None
+    return explain_storage(error, None if error.filename else Path("standard output or a file"))
 
 
 def _complain(problem: str, fix: str) -> None:

@@ -1,6 +1,6 @@
 """Judge and use a model: metrics over a split, predictions, generated text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .data.chat import render_prompt, stop_token_ids
+from .backbone import positions_of
+from .data.chat import Rendered, encode_rendered, render_prompt, stop_token_ids
 from .data.encoding import EncodedSet
 from .data.formats import Example
-from .errors import OutOfMemory
+from .errors import DataError, OutOfMemory
 from .runtime import Runtime
-from .tasks.base import Task, to_device
+from .tasks.base import Batch, Task, to_device
 from .tasks.class_metrics import decide, probabilities
 from .tasks.text_classification import TextClassification
 from .training.guards import is_out_of_memory
@@ -25,8 +26,7 @@ def evaluate_split(model: nn.Module, task: Task, data: EncodedSet, batch_size: i
     Halves the batch on out-of-memory. The model must be in eval mode.
     """
     meter = task.meter()
-    for logits, batch, _ in _forward(model, task, data, batch_size, runtime):
-        meter.update(logits, batch)
+    _visit(model, task, data, batch_size, runtime, lambda logits, batch, _: meter.update(logits, batch))
     return meter.compute()
 
 
@@ -36,7 +36,8 @@ def predict_classes(
     """Label and probabilities (or value) of every sequence, in the order of the data."""
     found: list[dict[str, Any]] = [{} for _ in range(len(data))]
     names, kind = task.labels.names, task.labels.kind
-    for logits, _, rows in _forward(model, task, data, batch_size, runtime):
+
+    def note(logits: torch.Tensor, _: Batch, rows: np.ndarray) -> None:
         decided = decide(logits, kind).cpu().tolist()
         shares = probabilities(logits, kind).cpu().tolist()
         for row, choice, share in zip(rows, decided, shares, strict=True):
@@ -45,21 +46,36 @@ def predict_classes(
                 continue
             label = names[choice] if kind == "single" else [name for name, on in zip(names, choice, strict=True) if on]
             found[int(row)] = {"label": label, "probabilities": dict(zip(names, share, strict=True))}
+
+    _visit(model, task, data, batch_size, runtime, note)
     return found
 
 
-def _forward(
-    model: nn.Module, task: Task, data: EncodedSet, batch_size: int, runtime: Runtime
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor], np.ndarray]]:
-    """(logits, batch, rows) over the whole split, longest rows first so that memory is tried at once."""
+def _visit(
+    model: nn.Module,
+    task: Task,
+    data: EncodedSet,
+    batch_size: int,
+    runtime: Runtime,
+    use: Callable[[torch.Tensor, Batch, np.ndarray], None],
+) -> None:
+    """Call `use` with (logits, batch, rows) over the whole split, longest rows first so that memory is tried at once.
+
+    A batch that `use` runs out of memory on is given to it again in halves, so it must change nothing before the end.
+    """
+
+    def visit(rows: np.ndarray) -> None:
+        batch = to_device(task.collate(data, rows), runtime.device)
+        with torch.no_grad(), runtime.accelerator.autocast():
+            logits = task.forward(model, batch)
+        use(logits, batch, rows)
+
     order = np.argsort(-data.lengths, kind="stable")
     start, size = 0, batch_size
     while start < len(order):
         rows = order[start : start + size]
         try:
-            batch = to_device(task.collate(data, rows), runtime.device)
-            with torch.no_grad(), runtime.accelerator.autocast():
-                logits = task.forward(model, batch)
+            visit(rows)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -70,7 +86,6 @@ def _forward(
                 ) from error
             size = max(1, size // 2)
             continue
-        yield logits, batch, rows
         start += len(rows)
 
 
@@ -103,24 +118,46 @@ def generate_text(
     """Continue prompts, padded on the left by position. Greedy at temperature 0.
 
     Args:
+        max_new_tokens: at most; fewer where the model's positions end.
         templated: the prompts come from a chat template, which already holds the special tokens (trap 18).
 
     Returns:
         The new text of each, special tokens left out.
+
+    Raises:
+        DataError: a prompt fills the model's positions.
     """
-    encoded = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in prompts]
+    # by the road of training: one BOS, and no EOS after the prompt from tokenizers that add one
+    encoded = [encode_rendered(tokenizer, Rendered(t, []), "the prompt", not templated)[0] for t in prompts]
     longest = max(map(len, encoded))
+    positions = positions_of(model)
+    if positions is not None and longest >= positions:
+        raise DataError(
+            f"A prompt has {longest} tokens, the model has {positions} positions: there is no room to answer.",
+            "Shorten the prompt.",
+        )
+    room = max_new_tokens if positions is None else min(max_new_tokens, positions - longest)
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     device = next(model.parameters()).device
     ids = torch.tensor([[fill] * (longest - len(row)) + row for row in encoded], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.no_grad():
+    with torch.no_grad(), matched(model):
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=fill, streamer=streamer,
+            input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=fill, streamer=streamer,
             eos_token_id=stop_ids(model, tokenizer), use_cache=True, **sampling,
         )  # fmt: skip
     return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
+
+
+def matched(model: nn.Module) -> torch.autocast:
+    """Autocast to the backbone's dtype where fp32 tensors were trained inside a narrower one, else no autocast.
+
+    LoRA's own products need none: peft casts their input.
+    """
+    dtypes = {p.dtype for name, p in model.named_parameters() if ".lora_" not in name}
+    narrow = next(iter(dtypes - {torch.float32}), torch.bfloat16)
+    return torch.autocast(next(model.parameters()).device.type, narrow, enabled=len(dtypes) > 1)
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -18,7 +19,8 @@ from .adapters.files import save_adapter
 from .adapters.group import Group, Member
 from .config import Config
 from .data.labels import Labels
-from .errors import ConfigError, VerificationError
+from .errors import ConfigError, StorageError, VerificationError
+from .evaluation import matched
 from .model_card import write_card
 from .tasks.base import Task
 from .tasks.text_classification import HEAD, MeanPooled
@@ -70,8 +72,14 @@ def write_labels(labels: Labels | None, folder: Path) -> None:
 
 
 def read_labels(folder: Path) -> Labels | None:
+    """The class names of an adapter, None where it has none. Raises StorageError where they can't be read."""
     path = folder / LABELS
-    return Labels.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Labels.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} can't be read: {error}.", "Restore it, or train again.") from error
 
 
 def verify_adapter(group: Group, config: Config, labels: Labels | None, folder: Path) -> Drift:
@@ -82,7 +90,10 @@ def verify_adapter(group: Group, config: Config, labels: Labels | None, folder: 
         VerificationError: they differ beyond the bound.
     """
     if group.method != "lora":
-        raise ConfigError(f"{group.method} is not a peft adapter.", "Use export --merged.")
+        raise ConfigError(
+            f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
+            "Use export --merged.",
+        )
     batch = probe_batch(group)
     trained = _logits(group.model, batch)
     base = _plain_base(group, config, labels)
@@ -102,7 +113,7 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     trained = _logits(group.model, batch)
     model: Any = group.model
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload(safe_merge=True)
+        model = _merge(model)
     mean_pooled = isinstance(model, MeanPooled)
     if mean_pooled:
         model.__class__ = type(model).__mro__[2]  # the transformers class under the head
@@ -117,7 +128,8 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
         weights = (
             load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else model.state_dict()
         )
-        head = F.linear(_mean(encoder, batch), weights[f"{HEAD}.weight"].to(device), weights[f"{HEAD}.bias"].to(device))
+        head_weight, head_bias = (weights[f"{HEAD}.{part}"].to(device, torch.float32) for part in ("weight", "bias"))
+        head = F.linear(_mean(encoder, batch).float(), head_weight, head_bias)
         return _judge(trained, head, group, "The merged model reloaded in plain transformers")
     auto = AutoModelForCausalLM if config.task == "causal-lm" else AutoModelForSequenceClassification
     plain: Any = auto.from_pretrained(str(folder))
@@ -125,10 +137,29 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     return _judge(trained, _logits(plain, batch), group, "The merged model reloaded in plain transformers")
 
 
+def _merge(model: PeftModel) -> Any:
+    """Fold the adapter in. Embeddings that share their weight with the output head part from it first, where only one
+    of the two was trained: else its update would enter both (trap 13).
+    """
+    base: Any = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    for end in ends:
+        layer = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
+        if layer is not None and all(e is not None for e in ends) and ends[0].weight is ends[1].weight:
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+    try:
+        merged: Any = model.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
+    entry, output = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if output is not None and entry is not None and output.weight is not entry.weight:
+        merged.config.get_text_config().tie_word_embeddings = False  # else other tools tie them again when they load
+    return merged
+
+
 def probe_batch(group: Group) -> dict[str, Tensor]:
     """Token ids to compare models on: seeded, (4, 24), the last row padded."""
-    embeddings: Any = group.backbone.model.get_input_embeddings()
-    size = int(embeddings.num_embeddings)
+    size = int(group.backbone.model.config.get_text_config().vocab_size)
     ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[-1, 16:] = 0
@@ -162,7 +193,7 @@ def _plain_base(group: Group, config: Config, labels: Labels | None) -> Any:
 
 def _plain_logits(plain: Any, group: Group, batch: dict[str, Tensor], config: Config) -> Tensor:
     if config.task == "text-classification" and group.backbone.peft_task is None:
-        with torch.no_grad():
+        with torch.no_grad(), matched(plain):
             logits: Tensor = plain.base_model.model.classifier(_mean(plain, batch))
         return logits
     return _logits(plain, batch)
@@ -178,7 +209,7 @@ def _mean(plain: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), matched(model):
         logits: Tensor = model(**batch).logits
     return logits
 

@@ -16,13 +16,13 @@ from .tasks import Task, make_task
 def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Callable[[Console], None]]:
     """Numbers about a run's data, and a function that prints them with the mask of its first training rows.
 
-    Rows that teach nothing are told, not refused.
+    Rows that teach nothing are told and the first of them shown, not refused.
     """
     splits = load_splits(config)
     task = make_task(config, splits.labels)
     there = {name: split for name in ("train", "eval", "test") if (split := getattr(splits, name)) is not None}
     cache = cache_folder(config.data.cache)
-    encoded = {name: encode_split(split, task.encode, task.fingerprint(), 1.0, cache) for name, split in there.items()}
+    encoded = {name: encode_split(split, task.encode, task.fingerprint(), None, cache) for name, split in there.items()}
     report = inspect_splits(splits, encoded)
 
     def show(console: Console) -> None:
@@ -30,6 +30,12 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
         for row in range(min(preview_rows, len(encoded["train"]))):
             console.print(f"\n{splits.train.where[int(encoded['train'].rows[row])]}", style="bold", highlight=False)
             console.print(Text.from_ansi(_preview(task, encoded["train"], row, console.is_terminal)), soft_wrap=True)
+        for row, reason in encoded["train"].dropped[:preview_rows]:
+            where = splits.train.where[row]
+            console.print(f"\n{where} (dropped: {reason})", style="bold", highlight=False)
+            ids, learned = task.mask(splits.train.examples[row], where)
+            shown = mask_preview(task.tokenizer, ids, learned, colour=console.is_terminal)
+            console.print(Text.from_ansi(shown), soft_wrap=True)
 
     return report, show
 

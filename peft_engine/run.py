@@ -11,10 +11,12 @@ from rich.console import Console
 
 from .adapters.group import Group, Member, MemberSpec
 from .adapters.methods import adapt
+from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .config_reading import load_config
 from .data.batching import BatchPlan
 from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.formats import is_conversation
 from .data.splitting import Splits, load_splits
 from .errors import ConfigError, DataError
 from .evaluation import evaluate_split, exact_match
@@ -120,6 +122,11 @@ class _Run:
         checkpoints = complete_checkpoints(self.directory.checkpoints) if self.resume else []
         if not checkpoints:
             if self.resume:
+                if (self.directory.path / "run.json").exists():
+                    raise ConfigError(
+                        f"--resume: {self.directory.path} holds a finished run whose checkpoints are gone.",
+                        "Keep it as it is, or start anew with --overwrite.",
+                    )
                 self.view.say("No complete checkpoint to resume from: starting from step 0.")
             self.directory.clear()
             self.directory.write_text("config.yaml", to_yaml(self.config))
@@ -129,6 +136,8 @@ class _Run:
         load_checkpoint(checkpoints[-1], self.trainees)
         if self.config.training.micro_batch_size != "auto":
             self.trainees[0].micro_batch_size = self.config.training.micro_batch_size
+        if self.runtime.accelerator.scaler is not None:
+            self.runtime.accelerator.scaler.load_state_dict(state["scaler"])
         self.earlier, self.saved_phases, self.before = state["wall_seconds"], state["seconds"], state["before"]
         self.directory.cut_metrics(self.trainees[0].step)
         self.directory.write_text("config.yaml", to_yaml(self.config))
@@ -193,6 +202,7 @@ class _Run:
             "wall_seconds": self._elapsed(),
             "seconds": self._phases(),
             "before": self.before,
+            "scaler": self.runtime.accelerator.scaler and self.runtime.accelerator.scaler.state_dict(),
             "data_digest": self.splits.digest,
             "weights_digest": self.group.backbone.weights_digest,
             "versions": versions(),
@@ -252,6 +262,7 @@ class _Run:
             "micro_batch_size": trainee.micro_batch_size,
             "data": {
                 **self.splits.report.to_json(),
+                "conversations": is_conversation(self.splits.train.examples[0]),
                 "digest": self.splits.digest,
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},
@@ -324,6 +335,12 @@ def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
     dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
     narrow = dtypes - {torch.float32}
     own = [name for name in group.members[0].tensors if ".lora_" not in name]
+    split = [m for m in group.model.modules() if not isinstance(m, LINEAR_TYPES) and len(_own_dtypes(m)) > 1]
+    if split and runtime.device.type == "cpu":  # autocast mends this on CUDA, and linear layers everywhere
+        raise ConfigError(
+            f"model.dtype: biases of {type(split[0]).__name__} train in float32 beside {narrow.pop()} weights.",
+            "Set model.dtype: float32.",
+        )
     if narrow and own and runtime.precision == "fp32":
         raise ConfigError(
             f"model.dtype: {own[0]} trains in float32 inside a {narrow.pop()} backbone, "
@@ -332,12 +349,13 @@ def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
         )
 
 
+def _own_dtypes(module: Any) -> set[torch.dtype]:
+    return {p.dtype for p in module.parameters(recurse=False)}
+
+
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
-    """Sequences must fit the model's positions, where it has a table of them."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from there
+    """Sequences must fit the model's positions."""
+    positions = positions_of(model)
     longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
     if positions is not None and longest > positions:
         raise ConfigError(

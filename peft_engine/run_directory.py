@@ -1,18 +1,21 @@
 """The run directory: refused where it would overwrite, locked while in use, written so that a fault loses nothing."""
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from .config import Config
+from .config_reading import load_config
 from .errors import ConfigError, EngineError, StorageError
 
 OWN = ("config.yaml", "run.json", "metrics.jsonl", "failure.json", "checkpoints", "adapter", "merged")
@@ -66,21 +69,25 @@ class RunDirectory:
             return self
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
+            lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(self._lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.fstat(lock).st_nlink > 0  # else its owner deleted it after we opened it
+            except BlockingIOError:
+                free = False
+            if not free:
+                os.close(lock)
                 raise StorageError(
                     f"output: another process is writing to {self.path}.", "Wait for it, or name another output."
-                ) from error
+                )
+        self._lock = lock
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
-            (self.path / ".lock").unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete the files of an earlier run, and nothing else that stands in the folder."""
@@ -92,13 +99,11 @@ class RunDirectory:
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file beside its place and rename it, so that a reader never sees half of it."""
+        """A reader never sees half of it."""
         if not self.writes:
             return
-        part = self.path / f".{name}.part"
         with storage_errors(self.path / name):
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, self.path / name)
+            write_whole(self.path / name, text)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(plain(content), indent=2, default=str) + "\n")
@@ -131,26 +136,79 @@ def plain(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Config]:
+    """The folder and the settings of a finished run.
+
+    Args:
+        path: the run directory, or the config whose `output` it is.
+
+    Raises:
+        ConfigError: there is no finished run.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        folder = Path(load_config(folder, overrides).output).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"There is no run {folder}.", f"Give a run directory, or the config of a run.{_near_runs(folder)}"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{folder} holds no run (no config.yaml).",
+            f"Give a run directory, or the config of a run.{_near_runs(folder)}",
+        )
+    if not (folder / "adapter").is_dir():
+        raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
+    return folder, load_config(folder / "config.yaml", overrides)
+
+
+def _near_runs(folder: Path) -> str:
+    """Finished runs beside or in a folder that is none."""
+    places = [place for place in (folder, folder.parent) if place.is_dir()]
+    runs = sorted(str(path.parent) for place in places for path in place.glob("*/adapter"))
+    near = difflib.get_close_matches(str(folder), runs, n=3, cutoff=0.5) or runs[:3]
+    return f" Runs near it: {', '.join(near)}." if near else ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that a fault leaves what stood there.
+
+    What is no ordinary file, such as /dev/stdout, is written as it is.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn a full, read-only or forbidden disk into a StorageError that names the place."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        known = explain_storage(error, path)
+    except Exception as error:
+        # safetensors has a type of its own, the tokenizers library has none
+        told = isinstance(error, OSError | SafetensorError) or type(error) is Exception
+        known = explain_storage(error, path) if told else None
         if known is None:
             raise
         raise known from error
 
 
-def explain_storage(error: OSError | SafetensorError, path: Path | None = None) -> EngineError | None:
+def explain_storage(error: Exception, path: Path | None = None) -> EngineError | None:
     """What a user should know of a fault of the disk; None where it is none."""
     number = error.errno if isinstance(error, OSError) else _errno_in(str(error))
     place = path or getattr(error, "filename", None) or "A file"
     if number in FULL:
         return StorageError(
             f"{place}: no space left on the device, or over a limit ({error}).",
-            "Free space, or name another output; then --resume.",
+            "Free space, or name another place. A training run goes on with --resume.",
         )
     if number in DENIED:
         return StorageError(

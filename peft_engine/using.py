@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +11,15 @@ from typing import Any, Literal
 from .adapters.files import load_adapter
 from .adapters.group import Group
 from .config import Config
-from .config_reading import load_config
 from .data.encoding import encode_split
+from .data.formats import is_conversation
 from .data.labels import Labels
 from .data.splitting import Split, load_one, load_splits
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, StorageError
 from .evaluation import evaluate_split, exact_match, generate_text, predict_classes, prompt_and_answer
-from .exporting import Drift, export_merged, read_labels, verify_adapter
-from .run_directory import storage_errors
+from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
+from .run import refuse_too_long
+from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
 from .tasks import Task, make_task
 from .tasks.text_classification import TextClassification
@@ -43,19 +45,12 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
 
     Raises:
         ConfigError: there is no finished run.
+        StorageError: its adapter is damaged, or not this model's.
     """
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        folder = Path(load_config(folder, overrides).output).expanduser()
-    settings = folder / "config.yaml"
-    if not settings.is_file():
-        raise ConfigError(
-            f"{folder} holds no run (no config.yaml).", "Give a run directory, or the config of a run that was trained."
-        )
-    if not (folder / "adapter").is_dir():
-        raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
-    config = load_config(settings, overrides)
+    folder, config = find_run(path, overrides)
     labels = read_labels(folder / "adapter")
+    if labels is None and config.task == "text-classification":
+        raise StorageError(f"{folder / 'adapter' / LABELS} is missing.", "Restore it, or train again.")
     runtime = start(config)
     task = make_task(config, labels)
     group = load_adapter(task.load(runtime.device), config, folder / "adapter")
@@ -74,16 +69,17 @@ def evaluate(
     Returns:
         {"split", "rows", "metrics"}.
     """
-    opened = open_run(path, overrides)
-    config = opened.config
-    if data is not None:
+    _, config = find_run(path, overrides)
+    if data is not None:  # what may be faulty is read before what takes time
         chosen, _ = load_one(data, config, need_label=True, default_split="test")
     else:
         found = getattr(load_splits(config), split)
         if found is None:
             raise ConfigError(f"This run has no {split} split.", "Name another with --split, or a file with --data.")
         chosen = found
+    opened = open_run(path, overrides)
     encoded = encode_split(chosen, opened.task.encode, opened.task.fingerprint(), config.data.max_dropped, None)
+    refuse_too_long(opened.group.backbone.model, {"rows": encoded})
     size = config.evaluation.batch_size or config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
         metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
@@ -108,15 +104,18 @@ def predict(
     suffix = Path(target).suffix if target else ".jsonl"
     if suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"output {target}: got {suffix or 'no ending'}, expected .csv or .jsonl.", "Name it so.")
-    if target and Path(target).exists() and Path(target).samefile(source):
+    if target and Path(target).resolve() == Path(source).resolve():
         raise ConfigError(f"output {target} is the input.", "Name another file.")
+    if target and not Path(target).absolute().parent.is_dir():
+        raise ConfigError(f"output {target}: there is no folder {Path(target).parent}.", "Make it, or name another.")
+    _, config = find_run(path, overrides)
+    split, rows = load_one(source, config, need_label=False, default_split="test")
     opened = open_run(path, overrides)
-    split, rows = load_one(source, opened.config, need_label=False, default_split="test")
     found = _classes(opened, split) if isinstance(opened.task, TextClassification) else _texts(opened, split)
     result = [{**row, **prediction} for row, prediction in zip(rows.rows, found, strict=True)]
     if target:
         with storage_errors(Path(target)):
-            Path(target).write_text(_as_csv(result) if suffix == ".csv" else _as_jsonl(result), encoding="utf-8")
+            write_whole(Path(target), _as_csv(result) if suffix == ".csv" else _as_jsonl(result))
     return result
 
 
@@ -128,15 +127,23 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     streamer: Any = None,
+    overrides: tuple[str, ...] = (),
 ) -> str:
-    """Continue a prompt, through the chat template where the model has one and was trained on conversations."""
-    opened = open_run(path)
+    """Continue a prompt, through the chat template where the run learned conversations.
+
+    Raises:
+        ConfigError: no finished causal-lm run, or nothing to answer.
+    """
+    folder, config = find_run(path, overrides)
+    if config.task != "causal-lm":
+        raise ConfigError(f"generate needs a causal-lm run, {folder} is {config.task}.", "Use predict.")
+    if not prompt.strip():
+        raise ConfigError("The prompt is empty.", "Give some text to answer.")
+    opened = open_run(path, overrides)
     tokenizer = opened.task.tokenizer
-    if opened.config.task != "causal-lm":
-        raise ConfigError(f"generate needs a causal-lm run, this one is {opened.config.task}.", "Use predict.")
-    templated = bool(tokenizer.chat_template)
+    templated = _learned_conversations(folder)
     if system and not templated:
-        raise ConfigError("--system needs a model with a chat template.", "Put it into the prompt.")
+        raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     text = prompt_and_answer({"messages": messages}, tokenizer)[0] if templated else prompt
     with opened.group.evaluating(opened.group.members[0]) as model:
@@ -146,7 +153,9 @@ def generate(
         )[0]
 
 
-def export(path: str | Path, *, merged: bool = False, target: str | Path | None = None) -> tuple[Path, Drift]:
+def export(
+    path: str | Path, *, merged: bool = False, target: str | Path | None = None, overrides: tuple[str, ...] = ()
+) -> tuple[Path, Drift]:
     """Verify a run's adapter in plain peft, or write the merged model and verify it in plain transformers.
 
     Args:
@@ -156,31 +165,36 @@ def export(path: str | Path, *, merged: bool = False, target: str | Path | None 
     Returns:
         The folder, and how far the reloaded model's logits are from the trained one's.
     """
-    opened = open_run(path)
-    if not merged:
-        drift = verify_adapter(opened.group, opened.config, opened.labels, opened.folder / "adapter")
-        folder = opened.folder / "adapter"
-        return (_copy(folder, Path(target)) if target else folder), drift
-    folder = Path(target) if target else opened.folder / "merged"
-    if folder.exists() and any(folder.iterdir()):
+    found, _ = find_run(path, overrides)
+    folder = Path(target).expanduser() if target else found / ("merged" if merged else "adapter")
+    if (target or merged) and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty.", "Name another folder with --to, or delete it.")
-    with storage_errors(folder):
-        return folder, export_merged(opened.group, opened.config, opened.task, opened.labels, folder)
+    opened = open_run(path, overrides)
+    if merged:
+        with storage_errors(folder):
+            return folder, export_merged(opened.group, opened.config, opened.task, opened.labels, folder)
+    drift = verify_adapter(opened.group, opened.config, opened.labels, found / "adapter")
+    if target:
+        with storage_errors(folder):
+            shutil.copytree(found / "adapter", folder, dirs_exist_ok=True)
+    return folder, drift
 
 
-def _copy(folder: Path, target: Path) -> Path:
-    import shutil
-
-    if target.exists():
-        raise ConfigError(f"{target} already exists.", "Name another folder with --to.")
-    with storage_errors(target):
-        shutil.copytree(folder, target)
-    return target
+def _learned_conversations(folder: Path) -> bool:
+    """What run.json says of the training data. Raises StorageError where it says nothing."""
+    path = folder / "run.json"
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["data"]["conversations"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} can't be read: {error}.", "Restore it, or run train --resume, which writes it anew."
+        ) from error
 
 
 def _classes(opened: Opened, split: Split) -> list[dict[str, Any]]:
     assert isinstance(opened.task, TextClassification)
     encoded = encode_split(split, opened.task.encode, {}, 0.0, None)
+    refuse_too_long(opened.group.backbone.model, {"rows": encoded})
     size = opened.config.evaluation.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
         found = predict_classes(model, opened.task, encoded, size, opened.runtime)
@@ -198,7 +212,7 @@ def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
     prompts = [prompt_and_answer(example, tokenizer)[0] for example in split.examples]
     if not prompts:
         raise DataError("There are no rows to predict.", "Give a file with rows.")
-    templated = "messages" in split.examples[0] or isinstance(split.examples[0].get("prompt"), list)
+    templated = is_conversation(split.examples[0])
     texts: list[str] = []
     with opened.group.evaluating(opened.group.members[0]) as model:
         for start_row in range(0, len(prompts), size):

@@ -34,6 +34,7 @@ ORDER = (
     "run",
     "using",
     "inspection",
+    "printing",
     "cli",
     "__main__",
 )

@@ -9,12 +9,14 @@ Decoders have a ChatML-like chat template without `{% generation %}`. Dropout is
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from chat_samples import chatml
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     BertConfig,
@@ -29,13 +31,24 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from peft_engine.adapters.group import Group, MemberSpec
 from peft_engine.config import Config
+from peft_engine.data.encoding import EncodedSet
+from peft_engine.data.splitting import Splits, load_splits
+from peft_engine.evaluation import matched
+from peft_engine.run import build_group, encode_splits, make_trainees
+from peft_engine.runtime import Runtime, start
+from peft_engine.tasks import Task, make_task
+from peft_engine.training.guards import Signals
+from peft_engine.training.loop import Hooks, Loop
+from peft_engine.training.state import Trainee
 
 FAMILIES = ("llama", "gpt2", "bert", "qwen2")
 DECODERS = ("llama", "gpt2", "qwen2")
 HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, POSITIONS = 32, 2, 4, 2, 64, 128
 STD = 0.1  # wider than usual, so that a random model's outputs differ from row to row
-WORDS = "the quick brown fox jumps over a lazy dog while seven grey cats watch from an old wall near the river".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven grey cats watch from an old wall near the river"
+WORDS = SENTENCE.split(" ")
 
 
 def make_model(family: str, folder: Path, *, dropout: float = 0.0, seed: int = 0) -> Path:
@@ -111,6 +124,63 @@ def config(
     return Config.model_validate({"task": task, "device": "cpu", "output": str(output), **given})
 
 
+@dataclass
+class Assembled:
+    """The parts of a run, put together as `train` does, with the live model in hand."""
+
+    config: Config
+    group: Group
+    trainees: list[Trainee]
+    task: Task
+    data: dict[str, EncodedSet]
+    splits: Splits
+    runtime: Runtime
+
+    def train(self, steps: int) -> list[dict[str, Any]]:
+        """Run the loop and return its rows of metrics.jsonl. No checkpoints, no evaluation."""
+        rows: list[dict[str, Any]] = []
+        hooks = Hooks(
+            evaluate=None,
+            log=rows.append,
+            save=lambda step: None,
+            fail=lambda record: None,
+            progress=lambda step, steps, row: None,
+            elapsed=lambda: 0.0,
+        )
+        where = self.splits.train.where
+        Loop(
+            self.group,
+            self.task,
+            self.data["train"],
+            where,
+            self.trainees,
+            self.config,
+            self.runtime,
+            steps,
+            hooks,
+            Signals(),
+        ).run()
+        return rows
+
+
+def assemble(config: Config, specs: list[MemberSpec] | None = None) -> Assembled:
+    """Everything up to step 0, with the members of `specs` (one, of the config, by default)."""
+    runtime = start(config)
+    splits = load_splits(config)
+    task = make_task(config, splits.labels)
+    data = encode_splits(task, splits, config)
+    group = build_group(task, config, runtime, data, specs)
+    trainees = make_trainees(group, data["train"], config, runtime)
+    return Assembled(config, group, trainees, task, data, splits, runtime)
+
+
+def logits_of(group: Group, task: Task, data: EncodedSet, member: int = 0) -> torch.Tensor:
+    """Logits of the first rows in eval mode."""
+    batch = task.collate(data, np.arange(min(5, len(data))))
+    with group.evaluating(group.members[member]) as model, torch.no_grad(), matched(group.model):
+        return task.forward(model, batch)
+
+
 def _model(family: str, size: int, tokenizer: PreTrainedTokenizerFast, dropout: float) -> PreTrainedModel:
     shape: dict[str, Any] = {
         "vocab_size": size,
@@ -144,16 +214,14 @@ def _model(family: str, size: int, tokenizer: PreTrainedTokenizerFast, dropout: 
 
 def _wordpieces() -> PreTrainedTokenizerFast:
     """BERT's way: [CLS] text [SEP], token types."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(33, 127)]
+    # written down, not trained: the trainer breaks ties differently in every process
+    pieces = [*specials, *letters, *(f"##{letter}" for letter in letters), *sorted(set(WORDS) - set(letters))]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = [chr(c) for c in range(33, 127)]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=specials, initial_alphabet=letters, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), "".join(letters), "0123456789"], trainer)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ends

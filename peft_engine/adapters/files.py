@@ -20,7 +20,7 @@ from ..backbone import Backbone
 from ..config import Config
 from ..errors import ConfigError, StorageError, VerificationError
 from .group import Group, Member, MemberSpec
-from .lora import without_moved_weights
+from .lora import member_of, without_moved_weights
 from .methods import adapt
 
 WEIGHTS = "adapter_model.safetensors"
@@ -56,7 +56,7 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Lo
     config = deepcopy(group.model.peft_config[member.spec.name])
     assert isinstance(config, LoraConfig)
     config.inference_mode = True
-    tensors = get_peft_model_state_dict(group.model, adapter_name=member.spec.name, save_embedding_layers=False)
+    tensors = _file_tensors(group.model, member.spec.name)
     expected = sum(t.numel() for t in member.tensors.values())
     held = sum(t.numel() for t in tensors.values())
     if held != expected:
@@ -79,12 +79,19 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
         raise ConfigError(
             f"{folder} holds no adapter ({SETTINGS} and {WEIGHTS}).", "Give a run directory whose training ended."
         )
+    name = WEIGHTS
     try:
+        (folder / WEIGHTS).open("rb").close()  # safetensors calls a file that it may not read missing
         tensors = load_file(folder / WEIGHTS)
+        name = SETTINGS
         settings = json.loads((folder / SETTINGS).read_text())
     except (SafetensorError, ValueError) as error:
         raise StorageError(
-            f"The adapter in {folder} can't be read: {error}.", "Restore it, or train with --resume."
+            f"{folder / name} can't be read: {error}.", "Restore it, or run train --resume, which writes it anew."
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"{folder / name} can't be read: {error.strerror or error}.", "Check who may read the run's files."
         ) from error
     spec = MemberSpec("default", config.training.seed, config.training.learning_rate)
     if settings.get("format") == TENSORS_FORMAT:
@@ -96,12 +103,17 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
             f"{folder} holds a peft adapter, but adapter.method is {config.adapter.method}.",
             "Set adapter.method: lora.",
         )
-    model = get_peft_model(backbone.model, LoraConfig.from_pretrained(str(folder)), adapter_name=spec.name)
-    model.set_adapter(spec.name)
-    here = get_peft_model_state_dict(model, adapter_name=spec.name, save_embedding_layers=False)
+    try:
+        model = get_peft_model(backbone.model, LoraConfig.from_pretrained(str(folder)), adapter_name=spec.name)
+    except (ValueError, TypeError) as error:
+        raise StorageError(
+            f"{folder / SETTINGS} does not fit this model: {error}",
+            "Use the model and the adapter settings that it was trained with.",
+        ) from error
+    member = member_of(model, spec)
+    here = _file_tensors(model, spec.name)
     refuse_difference(here, tensors, str(folder / WEIGHTS))
     set_peft_model_state_dict(model, tensors, adapter_name=spec.name)
-    member = Member(spec, {name: p for name, p in model.named_parameters() if p.requires_grad})
     return Group(backbone, model, "lora", [member])
 
 
@@ -120,6 +132,14 @@ def refuse_difference(here: dict[str, Tensor] | dict[str, Any], found: dict[str,
             + (f" and {len(faults) - 3} more." if len(faults) > 3 else "."),
             "Use the model and the adapter settings that it was trained with.",
         )
+
+
+def _file_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """peft's tensors of an adapter. With `bias: all` peft lists the biases of a fully trained module twice more, as its
+    untrained original's and under the wrapper's own name; those are left out.
+    """
+    found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {k: t for k, t in found.items() if ".original_module." not in k and ".modules_to_save." not in k}
 
 
 def _copy(member: Member, tensors: dict[str, Tensor], folder: Path) -> None:

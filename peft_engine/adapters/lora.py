@@ -26,6 +26,7 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
             "so members can't share it.",
             "Use init: default for a group.",
         )
+    _refuse_ambiguous_names(backbone, specs)
     settings = peft_settings(backbone, config)
     std = getattr(backbone.model.config, "initializer_range", 0.02)
     model: Any = None
@@ -42,7 +43,7 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
             wrapper = model.get_submodule(f"base_model.model.{name}")
             assert isinstance(wrapper, ModulesToSaveWrapper), name
             initialise(wrapper.modules_to_save[spec.name], std, spec.seed)
-    members = [_member(model, spec) for spec in specs]
+    members = [member_of(model, spec) for spec in specs]
     if moves_weights(config.adapter.init):
         members[0].initial = {name: t.detach().clone() for name, t in members[0].tensors.items() if ".lora_" in name}
     group = Group(backbone, model, "lora", members)
@@ -54,7 +55,15 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
     """The config of peft for `adapter`."""
     asked = config.adapter
     targets = find_targets(backbone, asked)
+    conv1d = [name for name in targets if isinstance(backbone.model.get_submodule(name), Conv1D)]
+    if conv1d and asked.init == "olora":
+        raise ConfigError(
+            f"adapter.init: olora in peft takes {conv1d[0]}, a Conv1D, for a Linear, whose weight lies the other way "
+            "round, and would start from a changed model.",
+            "Use init: pissa or default.",
+        )
     init: bool | str = True if asked.init == "default" else asked.init
+    saved = find_modules_to_save(backbone, asked.modules_to_save)
     try:
         return LoraConfig(
             task_type=backbone.peft_task,
@@ -64,16 +73,27 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
             target_modules=shorten(targets, backbone),
             rank_pattern=dict(asked.rank_pattern),
             alpha_pattern=dict(asked.alpha_pattern),
-            modules_to_save=find_modules_to_save(backbone, asked.modules_to_save) or None,
+            modules_to_save=saved or None,
             use_rslora=asked.rslora,
             use_dora=asked.dora,
             init_lora_weights=init,  # type: ignore[arg-type]
             bias=asked.bias,
-            fan_in_fan_out=any(isinstance(backbone.model.get_submodule(name), Conv1D) for name in targets),
+            fan_in_fan_out=bool(conv1d),
             **asked.options,
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft refuses this adapter: {error}", "Correct adapter.options.") from error
+
+
+def _refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None:
+    """peft finds an adapter's tensors by its name between dots; a module of that name would be taken for it."""
+    taken = {part for name, _ in backbone.model.named_parameters() for part in name.split(".")}
+    taken |= {"base_model", "base_layer", "original_module", "modules_to_save"}
+    names = [spec.name for spec in specs]
+    for name in names:
+        if name in taken or "." in name or name.startswith("lora_") or names.count(name) > 1:
+            why = "two members have it" if names.count(name) > 1 else "parts of the model are called so"
+            raise ConfigError(f"member {name!r}: the name is not usable, {why}.", "Choose another, without dots.")
 
 
 def moves_weights(init: str) -> bool:
@@ -86,14 +106,14 @@ def without_moved_weights(
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """The same update as an adapter for the original weights: rank 2r, B·A - B₀·A₀ = [B, -B₀]·[A; A₀].
 
-    Keys of `tensors` and `initial` are the adapter file's; only `lora_A` and `lora_B` change. The scale alpha/r (or
+    Keys of `tensors` and `initial` are the adapter file's; only A and B change. The scale alpha/r (or
     alpha/sqrt(r)) is kept by widening alpha with the rank.
     """
     joined = dict(tensors)
     for name, tensor in tensors.items():
-        if ".lora_A." in name:
+        if ".lora_A." in name or name.endswith(".lora_embedding_A"):
             joined[name] = torch.cat([tensor, initial[name].to(tensor.device)], 0)
-        elif ".lora_B." in name:
+        elif ".lora_B." in name or name.endswith(".lora_embedding_B"):
             joined[name] = torch.cat([tensor, -initial[name].to(tensor.device)], 1)
     wide = deepcopy(settings)
     factor = math.sqrt(2) if settings.use_rslora else 2
@@ -105,7 +125,8 @@ def without_moved_weights(
     return joined, wide
 
 
-def _member(model: Any, spec: MemberSpec) -> Member:
+def member_of(model: Any, spec: MemberSpec) -> Member:
+    """The adapter of that name as a member, in fp32."""
     model.set_adapter(spec.name)
     tensors = {plain_name(name, spec.name): p for name, p in model.named_parameters() if p.requires_grad}
     for tensor in tensors.values():

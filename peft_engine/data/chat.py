@@ -68,7 +68,7 @@ def render_messages(
     if supervise == "all":
         text = render(tokenizer, messages, tools, where)
         check_tools_printed(messages, tools, text, text, where)
-        return _with_stop(tokenizer, text, [(0, len(text))], where)
+        return _with_stop(tokenizer, text, [(0, len(text.rstrip()))], where)
     if not learned:
         raise DataError(f"{where}: there is no assistant turn to learn from.", "Remove the row, or add the answer.")
     if supervise == "last":

@@ -4,6 +4,7 @@ A cache file is named by the sha256 of everything that decides its content: the 
 settings, this format's version (trap 19: a stale cache can't be found, because its name would differ).
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from ..errors import DataError
 from .formats import Example
 from .splitting import Split
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ Encode = Callable[[Example, str], "list[EncodedRow] | str"]
 
 
 def encode_split(
-    split: Split, encode: Encode, fingerprint: dict[str, Any], max_dropped: float, cache: Path | None
+    split: Split, encode: Encode, fingerprint: dict[str, Any], max_dropped: float | None, cache: Path | None
 ) -> EncodedSet:
     """Tokenise a split, or read it from the cache.
 
     Args:
         encode: example and its provenance → sequences, or the reason why the row teaches nothing.
         fingerprint: all that decides `encode`'s result, as JSON (tokenizer digest, settings).
-        max_dropped: largest tolerated share of rows that teach nothing (trap 3).
+        max_dropped: largest tolerated share of rows that teach nothing (trap 3); None refuses nothing.
         cache: folder, or None.
 
     Raises:
@@ -103,7 +104,8 @@ def encode_split(
         encoded = _encode(split, encode)
         if path:
             _write(path, encoded)
-    _refuse_empty(split, encoded, max_dropped)
+    if max_dropped is not None:
+        _refuse_empty(split, encoded, max_dropped)
     return encoded
 
 
@@ -181,6 +183,7 @@ def _write(path: Path, encoded: EncodedSet) -> None:
     arrays = {"input_ids": encoded.input_ids, "offsets": encoded.offsets, "units": encoded.units, "rows": encoded.rows}
     arrays |= {f"column.{name}": np.ascontiguousarray(values) for name, values in encoded.columns.items()}
     notes = {"dropped": json.dumps(encoded.dropped), "truncated": str(encoded.truncated)}
+    notes["digest"] = _digest(arrays, notes)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,18 @@ def _write(path: Path, encoded: EncodedSet) -> None:
         os.replace(part, path)
     except (OSError, SafetensorError) as error:  # the run does not need the cache
         logging.getLogger(__name__).warning("Tokenised data was not cached in %s: %s", path.parent, error)
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _digest(arrays: dict[str, np.ndarray], notes: dict[str, str]) -> str:
+    """sha256 of a cache file's content: a damaged one is never trained on."""
+    digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}{values.dtype}{values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> EncodedSet | None:
@@ -196,8 +210,10 @@ def _read(path: Path) -> EncodedSet | None:
     try:
         with safe_open(path, "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-            notes = file.metadata()
+            notes = file.metadata() or {}
     except (OSError, SafetensorError):
+        return None
+    if notes.pop("digest", None) != _digest(arrays, notes):
         return None
     columns = {name.removeprefix("column."): arrays.pop(name) for name in list(arrays) if name.startswith("column.")}
     dropped = [(int(i), str(reason)) for i, reason in json.loads(notes["dropped"])]

@@ -178,6 +178,11 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
     return examples
 
 
+def is_conversation(example: Example) -> bool:
+    """Whether an example goes through the chat template."""
+    return "messages" in example or isinstance(example.get("prompt"), list)
+
+
 def _text_example(row: Row, layout: Layout) -> Example:
     return {"text": _filled_string(row, layout.columns["text"])}
 

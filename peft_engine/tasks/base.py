@@ -19,7 +19,9 @@ Batch = dict[str, Tensor]
 class Meter(Protocol):
     """Metrics of a split, added up batch by batch; logits are never kept (trap 23)."""
 
-    def update(self, logits: Tensor, batch: Batch) -> None: ...
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        """Add a batch. What runs out of memory changes nothing: the batch comes again in halves."""
+        ...
 
     def compute(self) -> dict[str, Any]: ...
 
@@ -49,6 +51,10 @@ class Task(Protocol):
 
     def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
         """Sequences of one row, or the reason why it teaches nothing."""
+        ...
+
+    def mask(self, example: Example, where: str) -> tuple[list[int], list[bool]]:
+        """Token ids of a row, cut to `data.max_length`, and which of them are learned; for showing."""
         ...
 
     def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:

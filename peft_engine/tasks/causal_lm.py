@@ -47,11 +47,8 @@ class CausalLM:
 
     def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
         limit = self.config.data.max_length
-        rendered = self._render(example, where)
-        add_special = "messages" not in example and not isinstance(example.get("prompt"), list)
-        ids, supervised, text_bytes = encode_rendered(self.tokenizer, rendered, where, add_special_tokens=add_special)
+        ids, supervised, text_bytes = self._tokens(example, where)
         if "text" in example:
-            ids, supervised, text_bytes = self._close(ids, supervised, text_bytes)
             windows = [(start, min(start + limit, len(ids))) for start in range(0, len(ids), limit)]
         else:
             check_stop_token(self.tokenizer, ids, supervised, where)
@@ -63,6 +60,18 @@ class CausalLM:
         if not any(supervised[1:]):
             return "no token is supervised"
         return f"its first {limit} of {len(ids)} tokens hold nothing to learn"
+
+    def mask(self, example: Example, where: str) -> tuple[list[int], list[bool]]:
+        ids, supervised, _ = self._tokens(example, where)
+        limit = self.config.data.max_length
+        return ids[:limit], [False, *supervised[1:limit]][: len(ids)]
+
+    def _tokens(self, example: Example, where: str) -> tuple[list[int], list[bool], list[int]]:
+        """A whole row: input_ids, supervised, text bytes, each (length,)."""
+        rendered = self._render(example, where)
+        add_special = "messages" not in example and not isinstance(example.get("prompt"), list)
+        ids, supervised, text_bytes = encode_rendered(self.tokenizer, rendered, where, add_special_tokens=add_special)
+        return self._close(ids, supervised, text_bytes) if "text" in example else (ids, supervised, text_bytes)
 
     def _render(self, example: Example, where: str) -> Rendered:
         asked = self.config.data.supervise
@@ -127,9 +136,10 @@ class LanguageMeter:
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         targets = batch["labels"][:, 1:]
-        self.nats += float(self.task.loss(logits, batch))
+        nats = float(self.task.loss(logits, batch))
+        right = float((logits[:, :-1].argmax(-1) == targets).sum())
+        self.nats, self.right = self.nats + nats, self.right + right  # at the end: see evaluation, on memory
         self.tokens += float((targets != IGNORED).sum())
-        self.right += float((logits[:, :-1].argmax(-1) == targets).sum())
         self.text_bytes += float(batch["text_bytes"])
 
     def compute(self) -> dict[str, Any]:

@@ -29,8 +29,9 @@ class ClassMeter:
         self.wanted: list[np.ndarray] = []
 
     def update(self, logits: Tensor, batch: dict[str, Tensor]) -> None:
-        self.loss += float(self.task.loss(logits, batch))
-        self.predicted.append(decide(logits, self.task.labels.kind).cpu().numpy())
+        loss, predicted = float(self.task.loss(logits, batch)), decide(logits, self.task.labels.kind).cpu().numpy()
+        self.loss += loss
+        self.predicted.append(predicted)
         self.wanted.append(batch["label"].cpu().numpy())
 
     def compute(self) -> dict[str, Any]:

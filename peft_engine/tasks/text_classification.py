@@ -79,6 +79,10 @@ class TextClassification:
             "labels": self.labels.to_json(),
         }
 
+    def mask(self, example: Example, where: str) -> tuple[list[int], list[bool]]:
+        ids = self.tokenizer(example["text"], truncation=True, max_length=self.config.data.max_length)["input_ids"]
+        return ids, [False] * len(ids)
+
     def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
         limit = self.config.data.max_length
         whole = self.tokenizer(example["text"], verbose=False)

@@ -67,7 +67,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+        "can't allocate memory" in text
+        or "Cannot allocate memory" in text  # mmap of a weight file
+        or "not enough memory" in text
+        or "out of memory" in text
     )
 
 

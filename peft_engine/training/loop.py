@@ -74,6 +74,8 @@ class Loop:
         schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
         self.group.model.train()
         for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
+            if all(t.stopped for t in self.trainees):  # resumed after early stopping had ended it
+                break
             for trainee in self.trainees:
                 if trainee.step < step and not trainee.stopped:
                     self._advance(trainee, step, schedule(step))
@@ -109,8 +111,9 @@ class Loop:
             self._update(trainee)
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.step = step
-        trainee.updates += factor > 0
-        if factor > 0 and trainee.updates == 2:
+        updated = factor > 0 and math.isfinite(norm)  # the fp16 scaler skips a step whose gradient overflowed
+        trainee.updates += updated
+        if updated and trainee.updates == 2:
             check_moving(trainee.member, self.config.adapter.init == "default")
         if meter:
             trainee.live_bytes = max(meter.peak, trainee.live_bytes or 0)

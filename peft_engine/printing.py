@@ -1,0 +1,46 @@
+"""What a person sees of a summary and of metrics."""
+
+from typing import Any
+
+import click
+
+
+def print_summary(summary: dict[str, Any], output: str) -> None:
+    """What a person wants to know after training."""
+    metrics = summary["metrics"]
+    before, after = metrics["before"], metrics["after"]
+    click.echo(f"\n{summary['method']} on {summary['task']}, {summary['steps']} steps, {metrics['split']} split")
+    for name in after:
+        if isinstance(after[name], float):
+            click.echo(f"  {name:<18} {before.get(name, float('nan')):>10.4f} → {after[name]:.4f}")
+    share = summary["trainable_parameters"] / summary["total_parameters"]
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in summary["seconds"].items())
+    click.echo(f"  time               {summary['wall_seconds']:.1f} s ({phases})")
+    if summary["tokens_per_second"]:
+        milliseconds = summary["step_seconds"] * 1000
+        click.echo(
+            f"  speed              {summary['tokens_per_second']:,.0f} tokens/s, {milliseconds:.0f} ms a step (median)"
+        )
+    if summary["peak_bytes"]:
+        click.echo(f"  peak memory        {summary['peak_bytes'] / 2**20:,.0f} MiB ({summary['peak_bytes_meaning']})")
+    click.echo(f"  resident           {summary['peak_rss_bytes'] / 2**20:,.0f} MiB at most")
+    trainable, total = summary["trainable_parameters"], summary["total_parameters"]
+    click.echo(f"  trained            {trainable:,} of {total:,} parameters ({share:.2%})")
+    if summary["cost_usd"] is not None:
+        click.echo(f"  cost               {summary['cost_usd']:.4f} USD")
+    click.echo(f"  files              {output}/adapter, {output}/run.json, {output}/metrics.jsonl")
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Numbers, then a table per class and the confusion matrix where there are some."""
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            click.echo(f"{name:<18} {value:.4f}" if isinstance(value, float) else f"{name:<18} {value}")
+    if "per_class" in metrics:
+        click.echo(f"\n{'class':<24} {'precision':>9} {'recall':>9} {'f1':>9} {'rows':>7}")
+        for name, one in metrics["per_class"].items():
+            click.echo(f"{name:<24} {one['precision']:>9.4f} {one['recall']:>9.4f} {one['f1']:>9.4f} {one['rows']:>7}")
+    if "confusion" in metrics:
+        click.echo("\nconfusion (rows: true, columns: predicted)")
+        for line in metrics["confusion"]:
+            click.echo("  " + " ".join(f"{n:>7}" for n in line))

@@ -1,0 +1,1 @@
+"""Tables of bad input, for test_bad_input.py."""

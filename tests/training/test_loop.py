@@ -1,0 +1,119 @@
+"""What the loop does beside plain steps: early stopping, best weights, checkpointed activations, bf16."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import assemble, config, make_model, pair_rows, sentence, write_rows
+
+from peft_engine.config import Config
+from peft_engine.run import train
+from peft_engine.using import evaluate
+
+LM, CLASSES = "causal-lm", "text-classification"
+
+
+def settings_of(family: str, model: Path, folder: Path, /, **sections: dict[str, Any]) -> Config:
+    rows = write_rows(folder / "rows.jsonl", ending_rows(24) if family == "bert" else pair_rows(24))
+    training = {"batch_size": 6, "warmup": 0.0, "schedule": "constant", **sections.pop("training", {})}
+    adapter = {"rank": 4, "dropout": 0.0, **sections.pop("adapter", {})}
+    data = {"split": {"eval": 0.25, "test": 0.0}}
+    task = CLASSES if family == "bert" else LM
+    return config(task, model, rows, folder / "out", training=training, adapter=adapter, data=data, **sections)
+
+
+def ending_rows(count: int) -> list[dict[str, Any]]:
+    """A class that can be learned: the last word."""
+    return [{"text": f"{sentence(i, 1 + i % 5)} {('cats', 'wall')[i % 2]}", "label": i % 2} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "stopping", "stops_at"),
+    [
+        (1e-9, {"patience": 1, "min_delta": 1e-3}, 4),
+        (1e-9, {"patience": 3, "min_delta": 1e-3}, 8),
+        (3e-3, {"patience": 1}, None),
+        (3e-3, {"patience": 2, "min_delta": 50.0}, 6),
+    ],
+)
+def test_early_stopping_waits_for_an_improvement(
+    rate: float, stopping: dict[str, Any], stops_at: int | None, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    training = {"steps": 12, "eval_every": 2, "learning_rate": rate, "early_stopping": stopping}
+    summary = train(settings_of("llama", tiny_model("llama"), tmp_path, training=training))
+    assert summary["stopped_early"] == (stops_at is not None)
+    assert summary["steps"] == (stops_at or 12)
+    assert [row["step"] for row in summary["evaluations"]] == list(range(2, summary["steps"] + 1, 2))
+
+
+def test_the_best_weights_come_back(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """A rate so high that the loss climbs again after its best."""
+    training = {"steps": 18, "eval_every": 1, "learning_rate": 0.06, "restore_best": True}
+    summary = train(settings_of("llama", tiny_model("llama"), tmp_path, training=training, adapter={"alpha": 64}))
+    losses = {row["step"]: row["loss"] for row in summary["evaluations"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert summary["best_step"] == best
+    assert losses[18] > losses[best] + 0.05, "the last step was the best: nothing was restored"
+    assert evaluate(tmp_path / "out", "eval")["metrics"]["loss"] == losses[best]
+    assert summary["metrics"]["after"]["loss"] == losses[best]
+
+
+def test_the_best_of_a_metric_to_maximise_is_its_highest(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    training = {"steps": 16, "eval_every": 1, "learning_rate": 0.01, "restore_best": True}
+    summary = train(settings_of("bert", tiny_model("bert"), tmp_path, training=training))
+    accuracies = {row["step"]: row["accuracy"] for row in summary["evaluations"]}
+    assert len(set(accuracies.values())) > 1
+    assert summary["best_step"] == max(accuracies, key=lambda step: accuracies[step])
+    assert summary["metrics"]["after"]["accuracy"] == max(accuracies.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_gradient_checkpointing_changes_nothing_but_memory(family: str, tmp_path: Path) -> None:
+    """With dropout on: what is recomputed must draw what was drawn (and no adapter loses its gradient: trap 6)."""
+    model = make_model(family, tmp_path / "model", dropout=0.1)
+    found = []
+    for switch in (False, True):
+        training = {"gradient_checkpointing": switch, "learning_rate": 1e-2, "micro_batch_size": 4}
+        run = assemble(settings_of(family, model, tmp_path, adapter={"dropout": 0.1}, training=training))
+        calls: list[int] = []
+        module = dict(run.group.backbone.model.named_modules())
+        first = next(name for name in module if name.endswith(("q_proj", "query", "c_attn")))
+        module[first].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        rows = run.train(4)
+        curve = [(row["loss"], row["grad_norm"]) for row in rows]
+        found.append((curve, {name: t.detach() for name, t in run.group.members[0].tensors.items()}, len(calls)))
+    (plain, tensors, once), (checkpointed, again, twice) = found
+    assert checkpointed == plain
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert twice == 2 * once, "nothing was recomputed"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bf16_trains_fp32_adapters(dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Trap 17: steps of 1e-5 on weights near 0.1 round to nothing in bf16."""
+    training = {"precision": "bf16", "learning_rate": 1e-5, "steps": 4, "save_every": 4}
+    settings = settings_of("llama", tiny_model("llama"), tmp_path, training=training, model={"dtype": dtype})
+    run = assemble(settings)
+    (member,) = run.group.members
+    before = {name: t.detach().clone() for name, t in member.tensors.items()}
+    batch = run.task.collate(run.data["train"], run.trainees[0].plan.rows(1))
+    with torch.no_grad(), run.runtime.accelerator.autocast():
+        assert run.task.forward(run.group.model, batch).dtype == torch.bfloat16, "no bf16 was computed"
+    rows = run.train(4)
+    assert {t.dtype for t in member.tensors.values()} == {torch.float32}
+    for name, tensor in member.tensors.items():
+        moved = (tensor - before[name]).abs()
+        assert moved.max() > 0, name
+        assert moved.max() < 1e-4
+    states = [s for state in run.trainees[0].optimizer.state.values() for s in state.values()]
+    assert {s.dtype for s in states} == {torch.float32}
+
+    train(settings)
+    file = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    assert {t.dtype for t in file.values()} == {torch.float32}
+    wide = {**settings.training.model_dump(), "precision": "fp32"}
+    other = assemble(settings.model_copy(update={"training": type(settings.training)(**wide)}))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in other.train(4)], rel=2e-2)
