@@ -337,15 +337,33 @@ def test_trap_05_what_nothing_can_end_is_refused(tiny_model, tmp_path):
 @pytest.mark.parametrize(("task", "family"), [(LM, "llama"), (LM, "gpt2"), (CLASSES, "bert")])
 def test_trap_06_gradient_checkpointing_trains_as_without(tiny_model, tmp_path, task, family):
     rows = class_rows(12) if task == CLASSES else pair_rows(12)
-    found = []
+    found, passes = [], []
     for checkpointing in (False, True):
         steps = {"gradient_checkpointing": checkpointing, "optimizer": "sgd", "learning_rate": 0.1}
-        of = settings(task, tiny_model(family), tmp_path / str(checkpointing), rows, training=steps)
-        train(of)
-        found.append(trained(of))
+        made = assemble(settings(task, tiny_model(family), tmp_path / str(checkpointing), rows, training=steps))
+        inner = next(m for name, m in made.group.model.named_modules() if ".0." in name and "Norm" in type(m).__name__)
+        calls: list[int] = []
+        inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        made.train(3)
+        found.append(made.group.members[0].tensors)
+        passes.append(len(calls))
+    assert passes == [3, 6]  # activations are computed again in backward
     for name, plain in found[0].items():
         torch.testing.assert_close(found[1][name], plain, rtol=1e-5, atol=1e-7)
-        assert plain.any(), name
+        assert plain.detach().any(), name
+
+
+def test_trap_06_checkpointing_that_cuts_gradients_off_is_refused(tiny_model, tmp_path):
+    """As it was with older libraries: the reentrant kind, and inputs of the first layer that need no gradient."""
+    of = settings(LM, tiny_model("llama"), tmp_path, pair_rows(8), adapter={"modules_to_save": ["lm_head"]},
+                  training={"gradient_checkpointing": True})  # fmt: skip
+    made = assemble(of)
+    net = made.group.backbone.model
+    net.disable_input_require_grads()
+    net.gradient_checkpointing_enable({"use_reentrant": True})
+    net.disable_input_require_grads()
+    with pytest.raises(ConfigError, match=r"28 of 29 .*no gradient.*gradient_checkpointing: false"):
+        made.train(1)
 
 
 def test_trap_06_adapters_that_the_task_does_not_use_are_refused(tiny_model, tmp_path):
@@ -411,16 +429,16 @@ def watched(monkeypatch: pytest.MonkeyPatch, of: Config, die_at: int | None = No
 
 def test_trap_10_resume_repeats_and_skips_no_sample(tmp_path, monkeypatch):
     model = make_model("bert", tmp_path / "model", dropout=0.1)
-    steps = {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "save_every": 2, "log_every": 3, "schedule": "cosine",
+    steps = {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "save_every": 4, "log_every": 5, "schedule": "cosine",
              "warmup": 2}  # fmt: skip
 
     def made(name: str) -> Config:
         return settings(CLASSES, model, tmp_path / name, class_rows(10), training=steps)
 
     whole = watched(monkeypatch, made("whole"))
-    before = watched(monkeypatch, made("cut"), die_at=6)  # the newest checkpoint is of step 4, in the second epoch
+    before = watched(monkeypatch, made("cut"), die_at=7)  # the newest checkpoint is of step 4, in the second epoch
     after = watched(monkeypatch, made("cut"), resume=True)
-    assert len(before) == 5
+    assert len(before) == 6
     assert before[:4] + after == whole
     assert [len(micro) for micro in whole[:3]] != [2, 2, 2]  # ten rows by four: one step of an epoch is smaller
     for epoch in (whole[:3], whole[3:6]):
@@ -432,7 +450,7 @@ def test_trap_10_resume_repeats_and_skips_no_sample(tmp_path, monkeypatch):
     kept = ("step", "epoch", "loss", "learning_rate", "grad_norm")
     told = [[{key: row[key] for key in kept} for row in rows_of(made(name))] for name in ("cut", "whole")]
     assert told[0] == told[1]
-    assert [row["step"] for row in told[0]] == [3, 6, 8]
+    assert [row["step"] for row in told[0]] == [5, 8]
 
 
 # 11 — restored tensors
@@ -525,6 +543,7 @@ def test_trap_13_tied_embeddings_survive_the_merge(tiny_model, tmp_path, adapter
     plain = AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(probe(plain), wanted, rtol=1e-4, atol=1e-4)
     assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == stays_tied
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == stays_tied  # other tools obey it
 
 
 def test_trap_13_a_merge_that_is_not_what_was_trained_is_refused(tiny_model, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def settings_for(case: str, tiny_model: Any, folder: Path) -> Config:
             "causal-lm", tiny_model("llama"), chats, folder / "run", adapter=adapter, data=split, training=training
         )
     assert case == "stopping"
-    training = {**common, "optimizer": "sgd", "eval_every": 2, "save_every": 3, "restore_best": True}
+    training = {**common, "optimizer": "sgd", "eval_every": 2, "save_every": 5, "restore_best": True}
     training |= {"early_stopping": {"patience": 3, "min_delta": 0.5}, "learning_rate": 1e-4, "log_every": 3}
     return config(
         "text-classification",
