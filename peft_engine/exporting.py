@@ -142,13 +142,14 @@ def _merge(model: PeftModel) -> Any:
     of the two was trained: else its update would enter both (trap 13).
     """
     base: Any = model.get_base_model()
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     for end in ends:
-        layer = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
+        layer: Any = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
         if layer is not None and all(e is not None for e in ends) and ends[0].weight is ends[1].weight:
             layer.weight = nn.Parameter(layer.weight.detach().clone())
     try:
-        merged: Any = model.merge_and_unload(safe_merge=True)
+        merge: Any = model.merge_and_unload
+        merged = merge(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
     entry, output = merged.get_input_embeddings(), merged.get_output_embeddings()

@@ -9,42 +9,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .adapters.group import Group, Member, MemberSpec
-from .adapters.methods import adapt
-from .backbone import LINEAR_TYPES, positions_of
+from .adapters.group import Member
+from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_reading import load_config
-from .data.batching import BatchPlan
-from .data.encoding import EncodedSet, cache_folder, encode_split
 from .data.formats import is_conversation
-from .data.splitting import Splits, load_splits
+from .data.splitting import load_splits
 from .errors import ConfigError, DataError
 from .evaluation import evaluate_split, exact_match
 from .exporting import save_trained
 from .meters.cost import cost_usd
 from .meters.memory import peak_rss_bytes
 from .meters.time import PhaseTimer
-from .run_directory import RunDirectory, storage_errors
-from .runtime import Runtime, command, git_state, hardware, start, versions
-from .tasks import Task, make_task
+from .run_directory import RunDirectory, refuse_other_settings, storage_errors
+from .runtime import command, git_state, hardware, start, versions
+from .tasks import make_task
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from .training.guards import Signals
 from .training.loop import Hooks, Loop
-from .training.optim import make_optimizer
 from .training.progress import ProgressView
-from .training.state import Trainee
-
-FREE_ON_RESUME = {
-    "output",
-    "budget",
-    "evaluation",
-    "data.cache",
-    "training.micro_batch_size",
-    "training.log_every",
-    "training.save_every",
-    "training.save_total_limit",
-}
-"""Settings that may change on resume, because the weights don't depend on them."""
 
 
 def train(
@@ -277,113 +260,3 @@ class _Run:
             "git": git_state(),
             "command": command(),
         }
-
-
-def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
-    """Every split that there is, tokenised (from the cache where it holds them)."""
-    found = {}
-    for name in ("train", "eval", "test"):
-        split = getattr(splits, name)
-        if split is not None:
-            found[name] = encode_split(
-                split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
-            )
-    return found
-
-
-def build_group(
-    task: Task, config: Config, runtime: Runtime, data: dict[str, EncodedSet], specs: list[MemberSpec] | None = None
-) -> Group:
-    """The backbone on its device with the members of `specs` (one, of the config, by default)."""
-    backbone = task.load(runtime.device)
-    refuse_too_long(backbone.model, data)
-    specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
-    group = adapt(backbone, config, specs)
-    refuse_mixed_dtypes(group, runtime)
-    if config.training.gradient_checkpointing:
-        if not backbone.model.supports_gradient_checkpointing:
-            raise ConfigError(
-                f"training.gradient_checkpointing: {type(backbone.model).__name__} does not support it.",
-                "Set it to false.",
-            )
-        # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return group
-
-
-def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runtime) -> list[Trainee]:
-    """Members with their optimizer and data order, at step 0."""
-    settings = config.training
-    micro = (
-        settings.batch_size
-        if settings.micro_batch_size == "auto"
-        else min(settings.micro_batch_size, settings.batch_size)
-    )
-    return [
-        Trainee(
-            member,
-            make_optimizer(member, config, runtime.device),
-            BatchPlan(data.lengths, settings.batch_size, member.spec.seed, config.data.group_by_length),
-            micro,
-        )
-        for member in group.members
-    ]
-
-
-def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
-    """Trained tensors are fp32; inside a narrower backbone, anything but LoRA's own products needs autocast."""
-    dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
-    narrow = dtypes - {torch.float32}
-    own = [name for name in group.members[0].tensors if ".lora_" not in name]
-    split = [m for m in group.model.modules() if not isinstance(m, LINEAR_TYPES) and len(_own_dtypes(m)) > 1]
-    if split and runtime.device.type == "cpu":  # autocast mends this on CUDA, and linear layers everywhere
-        raise ConfigError(
-            f"model.dtype: biases of {type(split[0]).__name__} train in float32 beside {narrow.pop()} weights.",
-            "Set model.dtype: float32.",
-        )
-    if narrow and own and runtime.precision == "fp32":
-        raise ConfigError(
-            f"model.dtype: {own[0]} trains in float32 inside a {narrow.pop()} backbone, "
-            "and training.precision is fp32.",
-            "Set model.dtype: float32, or training.precision: bf16.",
-        )
-
-
-def _own_dtypes(module: Any) -> set[torch.dtype]:
-    return {p.dtype for p in module.parameters(recurse=False)}
-
-
-def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
-    """Sequences must fit the model's positions."""
-    positions = positions_of(model)
-    longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.",
-            f"Set data.max_length: {positions}.",
-        )
-
-
-def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
-    """A resumed run must have the settings it began with, but for those that the weights don't depend on."""
-    path = directory.path / "config.yaml"
-    if not path.is_file():
-        return
-    old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    changed = [
-        k
-        for k in new
-        if old.get(k) != new[k] and not any(k == free or k.startswith(f"{free}.") for free in FREE_ON_RESUME)
-    ]
-    if changed:
-        shown = "; ".join(f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in changed[:5])
-        raise ConfigError(
-            f"--resume: {shown}.", "Resume with the settings the run began with, or start anew with --overwrite."
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found

@@ -23,6 +23,19 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+FREE_ON_RESUME = {
+    "output",
+    "budget",
+    "evaluation",
+    "data.cache",
+    "training.micro_batch_size",
+    "training.log_every",
+    "training.save_every",
+    "training.save_total_limit",
+}
+"""Settings that may change on resume, because the weights don't depend on them."""
+
+
 class RunDirectory:
     """`<output>/` of a run. Use as a context manager: it holds a lock on the folder.
 
@@ -134,6 +147,31 @@ def plain(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [plain(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
+    """A resumed run must have the settings it began with, but for those that the weights don't depend on."""
+    path = directory.path / "config.yaml"
+    if not path.is_file():
+        return
+    old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    changed = [
+        k
+        for k in new
+        if old.get(k) != new[k] and not any(k == free or k.startswith(f"{free}.") for free in FREE_ON_RESUME)
+    ]
+    if changed:
+        shown = "; ".join(f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in changed[:5])
+        raise ConfigError(
+            f"--resume: {shown}.", "Resume with the settings the run began with, or start anew with --overwrite."
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Config]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from .adapters.files import load_adapter
 from .adapters.group import Group
+from .building import refuse_too_long
 from .config import Config
 from .data.encoding import encode_split
 from .data.formats import is_conversation
@@ -18,7 +19,6 @@ from .data.splitting import Split, load_one, load_splits
 from .errors import ConfigError, DataError, StorageError
 from .evaluation import evaluate_split, exact_match, generate_text, predict_classes, prompt_and_answer
 from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
-from .run import refuse_too_long
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
 from .tasks import Task, make_task

@@ -31,6 +31,7 @@ ORDER = (
     "model_card",
     "exporting",
     "run_directory",
+    "building",
     "run",
     "using",
     "inspection",

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from peft_engine import exporting
 from peft_engine.adapters import files
 from peft_engine.adapters.group import plain_name
+from peft_engine.building import encode_splits
 from peft_engine.config import Config
 from peft_engine.data.batching import BatchPlan
 from peft_engine.data.encoding import EncodedSet
@@ -34,7 +35,7 @@ from peft_engine.errors import ConfigError, DataError, Diverged, EngineError, St
 from peft_engine.evaluation import evaluate_split, generate_text
 from peft_engine.inspection import inspect_data
 from peft_engine.meters.memory import LiveBytes
-from peft_engine.run import encode_splits, train
+from peft_engine.run import train
 from peft_engine.tasks import make_task
 from peft_engine.tasks.causal_lm import IGNORED
 from peft_engine.training import loop
@@ -658,6 +659,7 @@ def test_trap_15_an_adapter_that_fits_is_loaded(runs, method):
     opened = open_run(runs[method])
     tensors, _ = files.adapter_content(opened.group, opened.group.members[0])
     saved = load_file(runs[method] / "adapter" / "adapter_model.safetensors")
+    assert tensors.keys() == saved.keys()
     assert all(torch.equal(tensors[name], saved[name]) for name in saved)
 
 
@@ -718,9 +720,10 @@ def test_trap_17_what_was_trained_can_be_used(tiny_model, tmp_path):
         of = settings(CLASSES, tiny_model("bert"), tmp_path / pooling, class_rows(8),
                       model={"dtype": "bfloat16", "pooling": pooling}, training={"precision": "bf16"})  # fmt: skip
         train(of)
-        back = open_run(of.output).group.members[0].tensors
+        back = {plain_name(n, "default"): t for n, t in open_run(of.output).group.members[0].tensors.items()}
         kept = load_file(newest(of) / "default.adapter.safetensors")
-        assert all(torch.equal(tensor, kept[plain_name(name, "default")]) for name, tensor in back.items())
+        assert back.keys() == kept.keys()
+        assert all(tensor.dtype == torch.float32 and torch.equal(tensor, kept[name]) for name, tensor in back.items())
         export(of.output)
         export(of.output, merged=True)
 
