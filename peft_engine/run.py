@@ -96,6 +96,7 @@ class _Run:
         summary["wall_seconds"] = self._elapsed()
         summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
         self.directory.write_json("run.json", summary)
+        self.directory.forget_failure()
         return summary
 
     def _open(self) -> None:

@@ -121,6 +121,11 @@ class RunDirectory:
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(plain(content), indent=2, default=str) + "\n")
 
+    def forget_failure(self) -> None:
+        """The run ended well after all: what an earlier session wrote of its failure is no longer true."""
+        if self.writes:
+            (self.path / "failure.json").unlink(missing_ok=True)
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         if not self.writes:
             return
