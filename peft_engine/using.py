@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,13 +172,25 @@ def export(
         raise ConfigError(f"{folder} is not empty.", "Name another folder with --to, or delete it.")
     opened = open_run(path, overrides)
     if merged:
-        with storage_errors(folder):
-            return folder, export_merged(opened.group, opened.config, opened.task, opened.labels, folder)
+        return folder, _export_whole(opened, folder)
     drift = verify_adapter(opened.group, opened.config, opened.labels, found / "adapter")
     if target:
         with storage_errors(folder):
             shutil.copytree(found / "adapter", folder, dirs_exist_ok=True)
     return folder, drift
+
+
+def _export_whole(opened: Opened, folder: Path) -> Drift:
+    """The merged model in `folder`, or nothing there: a model that fails its verification does not stay."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with storage_errors(folder):
+            drift = export_merged(opened.group, opened.config, opened.task, opened.labels, part)
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return drift
 
 
 def _learned_conversations(folder: Path) -> bool:

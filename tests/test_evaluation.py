@@ -1,5 +1,6 @@
 """Metrics against computations of their own, and independent of how the split is cut into batches."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,22 @@ def test_evaluation_does_not_depend_on_the_batch_size(
                 assert other[name] == pytest.approx(value, rel=1e-5), name
             else:
                 assert other[name] == value, name
+
+
+def test_a_decoder_without_a_padding_token_classifies(tmp_path: Path) -> None:
+    """GPT-2 and Llama as they are published: transformers would refuse batches, or pool the padding."""
+    path = make_model("gpt2", tmp_path / "model")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"pad_token_id": None}))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(path).pad_token_id is None
+    rows = write_rows(tmp_path / "rows.jsonl", class_rows(14))
+    run = assemble(config(CLASSES, path, rows, tmp_path / "out", data=unsplit(), adapter=plain()))
+    with run.group.evaluating(run.group.members[0]) as model:
+        alone, together = (evaluate_split(model, run.task, run.data["train"], size, run.runtime) for size in (1, 14))
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 PROMPTS = ["the", "seven grey cats watch from", "a", "lazy dog while the river and an old wall near"]

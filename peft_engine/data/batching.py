@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MEGA = 50  # batches whose rows are sorted by length together
+MEGA = 50  # batches whose rows are sorted by length together, at most
 
 
 @dataclass
@@ -13,7 +13,8 @@ class BatchPlan:
     """Rows of every optimizer step.
 
     Each epoch is a fresh permutation of all rows; its last batch may be smaller. With `group_by_length`, rows are
-    sorted by length inside runs of 50 batches and the batches are shuffled again, so that a batch pads little.
+    sorted by length inside runs of up to 50 batches (a quarter of the data at most, so that epochs differ), and the
+    batches are shuffled again: a batch pads little.
 
     Args:
         lengths: tokens per row, int64 (rows,).
@@ -50,8 +51,9 @@ class BatchPlan:
         if not self.group_by_length:
             return [order[i : i + size] for i in range(0, len(order), size)]
         batches = []
-        for start in range(0, len(order), MEGA * size):
-            run = order[start : start + MEGA * size]
+        mega = size * max(1, min(MEGA, len(order) // (4 * size)))  # four runs or more, else epochs would repeat batches
+        for start in range(0, len(order), mega):
+            run = order[start : start + mega]
             run = run[np.argsort(-self.lengths[run], kind="stable")]
             batches += [run[i : i + size] for i in range(0, len(run), size)]
         return [batches[i] for i in rng.permutation(len(batches))]

@@ -121,7 +121,7 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
         trainee.optimizer.load_state_dict(optimizer)
         trainee.restore(saved["trainee"])
         best = checkpoint / f"{name}.best.safetensors"
-        trainee.best_tensors = load_file(best) if best.is_file() else {}
+        trainee.best_tensors = load_file(best) if best.name in manifest["files"] else {}
     run_state: dict[str, Any] = state["run"]
     return run_state
 

@@ -11,7 +11,7 @@ from tiny import assemble, config, make_model, pair_rows, sentence, write_rows
 
 from peft_engine.config import Config
 from peft_engine.run import train
-from peft_engine.using import evaluate
+from peft_engine.using import evaluate, open_run
 
 LM, CLASSES = "causal-lm", "text-classification"
 
@@ -95,7 +95,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(family: str, tmp_path
 def test_bf16_trains_fp32_adapters(dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Trap 17: steps of 1e-5 on weights near 0.1 round to nothing in bf16."""
     training = {"precision": "bf16", "learning_rate": 1e-5, "steps": 4, "save_every": 4}
-    settings = settings_of("llama", tiny_model("llama"), tmp_path, training=training, model={"dtype": dtype})
+    adapter, model = {"modules_to_save": ["lm_head"]}, {"dtype": dtype}
+    settings = settings_of("llama", tiny_model("llama"), tmp_path, training=training, adapter=adapter, model=model)
     run = assemble(settings)
     (member,) = run.group.members
     before = {name: t.detach().clone() for name, t in member.tensors.items()}
@@ -114,6 +115,8 @@ def test_bf16_trains_fp32_adapters(dtype: str, tiny_model: Callable[[str], Path]
     train(settings)
     file = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
     assert {t.dtype for t in file.values()} == {torch.float32}
-    wide = {**settings.training.model_dump(), "precision": "fp32"}
-    other = assemble(settings.model_copy(update={"training": type(settings.training)(**wide)}))
+    loaded = open_run(tmp_path / "out").group.members[0].tensors
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in member.tensors.items()), "rounded while loading"
+    more = {"training": {**training, "precision": "fp32"}, "adapter": adapter}
+    other = assemble(settings_of("llama", tiny_model("llama"), tmp_path, **more))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in other.train(4)], rel=2e-2)
