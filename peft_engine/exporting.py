@@ -149,13 +149,9 @@ def _merge(model: PeftModel) -> Any:
             layer.weight = nn.Parameter(layer.weight.detach().clone())
     try:
         merge: Any = model.merge_and_unload
-        merged = merge(safe_merge=True)
+        return merge(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
-    entry, output = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if output is not None and entry is not None and output.weight is not entry.weight:
-        merged.config.get_text_config().tie_word_embeddings = False  # else other tools tie them again when they load
-    return merged
 
 
 def probe_batch(group: Group) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def test_several_labels_from_end_to_end(tiny_model: Tiny, tmp_path: Path) -> Non
     summary = learned(CLASSES, tiny_model("bert"), rows, tmp_path, 60, adapter={"dropout": 0.0})
     after = summary["metrics"]["after"]
     assert summary["metrics"]["primary"] == "f1_micro"
-    assert after["f1_micro"] > 0.8 > summary["metrics"]["before"]["f1_micro"]
+    assert after["f1_micro"] > 0.75 > summary["metrics"]["before"]["f1_micro"]
     assert set(after["per_class"]) == {"cats", "dog", "fox"}
     assert evaluate(tmp_path / "out")["metrics"] == after
 

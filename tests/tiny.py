@@ -9,6 +9,7 @@ Decoders have a ChatML-like chat template without `{% generation %}`. Dropout is
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from peft_engine.adapters.group import Group, MemberSpec
+from peft_engine.adapters.group import Group, Member, MemberSpec
 from peft_engine.building import build_group, encode_splits, make_trainees
 from peft_engine.config import Config
 from peft_engine.data.encoding import EncodedSet
@@ -136,11 +137,11 @@ class Assembled:
     splits: Splits
     runtime: Runtime
 
-    def train(self, steps: int) -> list[dict[str, Any]]:
-        """Run the loop and return its rows of metrics.jsonl. No checkpoints, no evaluation."""
+    def train(self, steps: int, evaluate: Callable[[Member], dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+        """Run the loop and return its rows of metrics.jsonl. No checkpoints; evaluation as the caller has it."""
         rows: list[dict[str, Any]] = []
         hooks = Hooks(
-            evaluate=None,
+            evaluate=evaluate,
             log=rows.append,
             save=lambda step: None,
             fail=lambda record: None,

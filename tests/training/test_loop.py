@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import assemble, config, make_model, pair_rows, sentence, write_rows
+from tiny import assemble, class_rows, config, make_model, pair_rows, write_rows
 
+from peft_engine.adapters.group import Member
 from peft_engine.config import Config
 from peft_engine.run import train
 from peft_engine.using import evaluate, open_run
@@ -17,7 +18,7 @@ LM, CLASSES = "causal-lm", "text-classification"
 
 
 def settings_of(family: str, model: Path, folder: Path, /, **sections: dict[str, Any]) -> Config:
-    rows = write_rows(folder / "rows.jsonl", ending_rows(24) if family == "bert" else pair_rows(24))
+    rows = write_rows(folder / "rows.jsonl", class_rows(24) if family == "bert" else pair_rows(24))
     training = {"batch_size": 6, "warmup": 0.0, "schedule": "constant", **sections.pop("training", {})}
     adapter = {"rank": 4, "dropout": 0.0, **sections.pop("adapter", {})}
     data = {"split": {"eval": 0.25, "test": 0.0}}
@@ -25,49 +26,70 @@ def settings_of(family: str, model: Path, folder: Path, /, **sections: dict[str,
     return config(task, model, rows, folder / "out", training=training, adapter=adapter, data=data, **sections)
 
 
-def ending_rows(count: int) -> list[dict[str, Any]]:
-    """A class that can be learned: the last word."""
-    return [{"text": f"{sentence(i, 1 + i % 5)} {('cats', 'wall')[i % 2]}", "label": i % 2} for i in range(count)]
-
-
 @pytest.mark.parametrize(
-    ("rate", "stopping", "stops_at"),
+    ("values", "stopping", "stops_at"),
     [
-        (1e-9, {"patience": 1, "min_delta": 1e-3}, 4),
-        (1e-9, {"patience": 3, "min_delta": 1e-3}, 8),
-        (3e-3, {"patience": 1}, None),
-        (3e-3, {"patience": 2, "min_delta": 50.0}, 6),
+        ([5, 4, 3, 2, 1, 0.5], {"patience": 1}, None),
+        ([5, 4, 4, 2, 1, 0.5], {"patience": 1}, 6),  # no worse is no better
+        ([5, 6, 7, 8, 9, 9], {"patience": 2}, 6),
+        ([5, 6, 4, 6, 3, 6], {"patience": 2}, None),  # the count begins again
+        ([5, 6, 4, 6, 4, 6], {"patience": 3}, 12),
+        ([5, 4.9, 4.8, 4.4, 4.3, 4.3], {"patience": 2, "min_delta": 0.5}, 6),
+        ([5, 4.9, 4.4, 4.3, 4.2, 4.2], {"patience": 2, "min_delta": 0.5}, 10),
     ],
 )
 def test_early_stopping_waits_for_an_improvement(
-    rate: float, stopping: dict[str, Any], stops_at: int | None, tiny_model: Callable[[str], Path], tmp_path: Path
+    values: list[float],
+    stopping: dict[str, Any],
+    stops_at: int | None,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    training = {"steps": 12, "eval_every": 2, "learning_rate": rate, "early_stopping": stopping}
+    """Losses of evaluations at steps 2, 4, … 12."""
+    training = {"steps": 12, "eval_every": 2, "early_stopping": stopping}
+    run = assemble(settings_of("llama", tiny_model("llama"), tmp_path, training=training))
+    said = iter(values)
+    run.train(12, lambda member: {"loss": next(said)})
+    (trainee,) = run.trainees
+    assert (trainee.stopped, trainee.step) == (stops_at is not None, stops_at or 12)
+    assert [row["loss"] for row in trainee.evaluations] == values[: trainee.step // 2]
+
+
+@pytest.mark.parametrize(
+    ("family", "metric", "values", "best"),
+    [("llama", "loss", [5, 4, 3, 3.5, 3, 6], 3), ("bert", "accuracy", [0.5, 0.9, 0.6, 0.9, 0.4, 0.1], 2)],
+)
+def test_the_best_weights_come_back(
+    family: str, metric: str, values: list[float], best: int, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of a loss the lowest, of an accuracy the highest; the first of equals."""
+    training = {"steps": 6, "eval_every": 1, "learning_rate": 1e-2, "restore_best": True}
+    run = assemble(settings_of(family, tiny_model(family), tmp_path, training=training))
+    said, seen = iter(values), []
+
+    def evaluate(member: Member) -> dict[str, Any]:
+        seen.append({name: t.detach().clone() for name, t in member.tensors.items()})
+        return {metric: next(said)}
+
+    run.train(6, evaluate)
+    assert run.trainees[0].best_step == best
+    now = run.group.members[0].tensors
+    assert all(torch.equal(now[name], tensor) for name, tensor in seen[best - 1].items())
+    assert not any(torch.equal(now[name], tensor) for name, tensor in seen[-1].items())
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1e-9, 6), (1e-3, 8)])
+def test_a_run_reports_what_it_stopped_on(
+    rate: float, steps: int, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    stopping = {"patience": 2, "min_delta": 1e-5}
+    training = {"steps": 8, "eval_every": 2, "learning_rate": rate, "early_stopping": stopping, "restore_best": True}
     summary = train(settings_of("llama", tiny_model("llama"), tmp_path, training=training))
-    assert summary["stopped_early"] == (stops_at is not None)
-    assert summary["steps"] == (stops_at or 12)
-    assert [row["step"] for row in summary["evaluations"]] == list(range(2, summary["steps"] + 1, 2))
-
-
-def test_the_best_weights_come_back(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """A rate so high that the loss climbs again after its best."""
-    training = {"steps": 18, "eval_every": 1, "learning_rate": 0.06, "restore_best": True}
-    summary = train(settings_of("llama", tiny_model("llama"), tmp_path, training=training, adapter={"alpha": 64}))
+    assert (summary["steps"], summary["stopped_early"]) == (steps, steps < 8)
     losses = {row["step"]: row["loss"] for row in summary["evaluations"]}
-    best = min(losses, key=lambda step: losses[step])
-    assert summary["best_step"] == best
-    assert losses[18] > losses[best] + 0.05, "the last step was the best: nothing was restored"
-    assert evaluate(tmp_path / "out", "eval")["metrics"]["loss"] == losses[best]
-    assert summary["metrics"]["after"]["loss"] == losses[best]
-
-
-def test_the_best_of_a_metric_to_maximise_is_its_highest(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    training = {"steps": 16, "eval_every": 1, "learning_rate": 0.01, "restore_best": True}
-    summary = train(settings_of("bert", tiny_model("bert"), tmp_path, training=training))
-    accuracies = {row["step"]: row["accuracy"] for row in summary["evaluations"]}
-    assert len(set(accuracies.values())) > 1
-    assert summary["best_step"] == max(accuracies, key=lambda step: accuracies[step])
-    assert summary["metrics"]["after"]["accuracy"] == max(accuracies.values())
+    assert list(losses) == list(range(2, steps + 1, 2))
+    assert summary["metrics"]["after"]["loss"] == losses[summary["best_step"]]
+    assert evaluate(tmp_path / "out", "eval")["metrics"]["loss"] == losses[summary["best_step"]]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
