@@ -28,6 +28,7 @@ class BatchPlan:
     group_by_length: bool
     _epoch: int = field(default=-1, init=False)
     _batches: list[np.ndarray] = field(default_factory=list, init=False)
+    _heaviest: dict[int, int] = field(default_factory=dict, init=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,8 +61,10 @@ class BatchPlan:
 
     def heaviest_step(self, total_steps: int) -> int:
         """The step of the first epoch with the most padded tokens, for measuring peak memory; never the first step,
-        where the optimizer has no state yet, unless there is no other."""
-        last = min(total_steps, self.steps_per_epoch)
-        if last < 2:
-            return min(2, total_steps)
-        return max(range(2, last + 1), key=lambda step: len(self.rows(step)) * int(self.lengths[self.rows(step)].max()))
+        where the optimizer has no state yet, unless there is no other. Found once."""
+        if total_steps not in self._heaviest:
+            first_epoch = self._permute(0)[:total_steps]
+            padded = [len(rows) * int(self.lengths[rows].max()) for rows in first_epoch]
+            later = range(2, len(padded) + 1)
+            self._heaviest[total_steps] = max(later, key=lambda step: padded[step - 1], default=min(2, total_steps))
+        return self._heaviest[total_steps]
