@@ -8,10 +8,20 @@ if TYPE_CHECKING:
     from .config_reading import load_config
     from .errors import EngineError
     from .run import train
+    from .using import evaluate, export, generate, predict
 
-__all__ = ["Config", "EngineError", "load_config", "train"]
+__all__ = ["Config", "EngineError", "evaluate", "export", "generate", "load_config", "predict", "train"]
 
-_HOME = {"Config": "config", "EngineError": "errors", "load_config": "config_reading", "train": "run"}
+_HOME = {
+    "Config": "config",
+    "EngineError": "errors",
+    "load_config": "config_reading",
+    "train": "run",
+    "evaluate": "using",
+    "export": "using",
+    "generate": "using",
+    "predict": "using",
+}
 
 
 def __getattr__(name: str) -> Any:

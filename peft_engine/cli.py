@@ -261,7 +261,11 @@ def generate(
 
 @cli.command()
 @RUN
-@click.option("--merged", is_flag=True, help="Fold the adapter into the weights: an ordinary transformers model.")
+@click.option(
+    "--merged",
+    is_flag=True,
+    help="Fold the adapter into the weights: a transformers model folder; its README says how to load it.",
+)
 @click.option("--to", "target", metavar="FOLDER", help="Where to write it; with --merged RUN/merged by default.")
 @OVERRIDES
 @AS_JSON
@@ -274,7 +278,7 @@ def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...
     \b
     peft-engine export runs/mine                      RUN/adapter as it stands, verified
     peft-engine export runs/mine --to my-adapter      the same, copied
-    peft-engine export runs/mine --merged             one model folder, for any tool
+    peft-engine export runs/mine --merged             one model folder, with its README
     """
     from .run_directory import find_run
 

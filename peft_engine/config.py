@@ -188,7 +188,7 @@ class TrainingConfig(Section):
     restore_best: bool = False
     """End with the weights of the best evaluation instead of the last."""
     deterministic: bool = True
-    """Same bits on the same machine, versions and number of processes."""
+    """Same bits on the same machine, versions, threads and number of processes."""
 
 
 class EvaluationConfig(Section):

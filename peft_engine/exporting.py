@@ -21,7 +21,7 @@ from .config import Config
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
 from .evaluation import matched
-from .model_card import write_card
+from .model_card import write_card, write_merged_card
 from .tasks.base import Task
 from .tasks.text_classification import HEAD, MeanPooled
 
@@ -121,6 +121,7 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     model.save_pretrained(str(folder))
     task.tokenizer.save_pretrained(str(folder))
     write_labels(labels, folder)
+    write_merged_card(folder / "README.md", config, labels, mean_pooled)
     device = batch["input_ids"].device
     if mean_pooled:
         encoder: Any = AutoModel.from_pretrained(str(folder))

@@ -34,8 +34,56 @@ def logits(batch):  # input_ids, attention_mask, ...: mean of the last hidden st
     hidden = model(**batch).last_hidden_state
     return model.base_model.model.classifier((hidden * weight).sum(1) / weight.sum(1))"""
 
-TENSORS = """# `peft-engine export RUN --merged` writes an ordinary transformers model folder.
-from peft_engine import predict  # or use the trained tensors directly: they carry the model's own names"""
+TENSORS = """# The file holds the trained tensors under the model's own names; the engine puts them back:
+from peft_engine import evaluate, export
+
+evaluate("RUN_DIRECTORY")
+export("RUN_DIRECTORY", merged=True)  # an ordinary transformers model folder"""
+
+MERGED_MEAN = """import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = AutoModel.from_pretrained("THIS_FOLDER").eval()
+head = load_file("THIS_FOLDER/model.safetensors")
+
+batch = tokenizer(["some text"], return_tensors="pt", truncation=True, max_length={length})
+with torch.no_grad():
+    hidden = model(**batch).last_hidden_state
+weight = batch["attention_mask"].unsqueeze(-1)
+mean = (hidden * weight).sum(1) / weight.sum(1)
+logits = mean @ head["classifier.weight"].T + head["classifier.bias"]  # classes: {classes}"""
+
+MERGED = """from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+model = {auto}.from_pretrained("THIS_FOLDER")"""
+
+
+def write_merged_card(path: Path, config: Config, labels: Labels | None, mean_pooled: bool) -> None:
+    """Write the README.md of a merged model: what it is and how to load it."""
+    auto = "AutoModelForCausalLM" if config.task == "causal-lm" else "AutoModelForSequenceClassification"
+    classes = ", ".join(labels.names) if labels else ""
+    snippet = (
+        MERGED_MEAN.format(length=config.data.max_length, classes=classes) if mean_pooled else MERGED.format(auto=auto)
+    )
+    note = [
+        "The head is one linear layer on the *mean* of the last hidden states over real tokens. No Auto class of",
+        "transformers does that: loaded as a sequence classifier, the head would sit on an untrained pooler.",
+        "",
+    ]
+    lines = [
+        f"# {config.model.hub_id or config.model.path}, fine-tuned for {config.task}",
+        "",
+        f"{config.adapter.method} merged into the weights by peft-engine.",
+        "",
+        *(note if mean_pooled else []),
+        "```python",
+        snippet,
+        "```",
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_card(path: Path, group: Group, config: Config, labels: Labels | None, summary: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from .meters.cost import cost_usd
 from .meters.memory import peak_rss_bytes
 from .meters.time import PhaseTimer
 from .run_directory import RunDirectory, refuse_other_settings, storage_errors
-from .runtime import command, git_state, hardware, start, versions
+from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from .training.guards import Signals
@@ -68,6 +68,7 @@ class _Run:
         self.saved_phases: dict[str, float] = {}
         self.runtime = start(config)
         self.before: dict[str, Any] = {}
+        self.moved: list[str] = []  # what a resumed run found changed of its machine and versions
 
     def go(self) -> dict[str, Any]:
         config = self.config
@@ -75,6 +76,8 @@ class _Run:
             refuse_other_settings(config, self.directory)
         with self.timer.phase("load"):
             self.splits = load_splits(config)
+            rows = ", ".join(f"{name} {count:,}" for name, count in self.splits.report.counts.items())
+            self.view.say(f"rows: {rows}; loading {config.model.path} on {self.runtime.device.type}")
             self.task = make_task(config, self.splits.labels)
             self.data = encode_splits(self.task, self.splits, config)
             self.group = build_group(self.task, config, self.runtime, self.data)
@@ -84,6 +87,7 @@ class _Run:
         )
         self._open()
         if not self.before:
+            self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
             self.before = self._judge(self.group.members[0], self._final_split())
         with self.timer.phase("train"), self.signals.deferred():
             if torch.cuda.is_available():
@@ -126,6 +130,9 @@ class _Run:
         self.directory.cut_metrics(self.trainees[0].step)
         self.directory.write_text("config.yaml", to_yaml(self.config))
         self.view.say(f"Resuming from {checkpoints[-1]}.")
+        self.moved = sorted(name for name, was in state["machine"].items() if machine().get(name) != was)
+        if self.moved:
+            self.view.say(f"Not the machine or versions it began on ({', '.join(self.moved)}): the bits may differ.")
 
     def _refuse_other_input(self, state: dict[str, Any], checkpoint: Path) -> None:
         if state["data_digest"] != self.splits.digest:
@@ -164,7 +171,8 @@ class _Run:
 
     def _evaluate_during(self, member: Member) -> dict[str, Any]:
         found = self._judge(member, "eval", generate=False)
-        self.view.say(f"eval  {self.task.primary} {found[self.task.primary]:.4f}  loss {found['loss']:.4f}")
+        names = dict.fromkeys([self.task.primary, "loss"])
+        self.view.say("eval  " + "  ".join(f"{name} {found[name]:.4f}" for name in names))
         return found
 
     def _judge(self, member: Member, split: str, generate: bool = True) -> dict[str, Any]:
@@ -189,7 +197,7 @@ class _Run:
             "scaler": self.runtime.accelerator.scaler and self.runtime.accelerator.scaler.state_dict(),
             "data_digest": self.splits.digest,
             "weights_digest": self.group.backbone.weights_digest,
-            "versions": versions(),
+            "machine": machine(),
         }
         if not self.directory.writes:
             return
@@ -254,6 +262,7 @@ class _Run:
             "evaluations": trainee.evaluations,
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
+            "resumed_with_other": self.moved,
             "decisions": {**self.runtime.why, "kernels": "plain PEFT: this version has no fused kernels"},
             "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
             "hardware": hardware(),

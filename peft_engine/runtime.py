@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -143,6 +144,11 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """All of `versions` and `hardware`: what must stay for a run to give the same bits."""
+    return {**versions(), **hardware()}
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -165,4 +171,4 @@ def git_state() -> dict[str, Any] | None:
 
 def command() -> str:
     """The command line of this process, without the machine's paths."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

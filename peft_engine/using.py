@@ -102,21 +102,25 @@ def predict(
     Returns:
         The rows, each with `predicted` (and `probabilities` for classes).
     """
-    suffix = Path(target).suffix if target else ".jsonl"
+    target = Path(target).expanduser() if target else None
+    suffix = target.suffix if target else ".jsonl"
     if suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"output {target}: got {suffix or 'no ending'}, expected .csv or .jsonl.", "Name it so.")
-    if target and Path(target).resolve() == Path(source).resolve():
+    if target and target.resolve() == Path(source).expanduser().resolve():
         raise ConfigError(f"output {target} is the input.", "Name another file.")
-    if target and not Path(target).absolute().parent.is_dir():
-        raise ConfigError(f"output {target}: there is no folder {Path(target).parent}.", "Make it, or name another.")
+    if target and not target.absolute().parent.is_dir():
+        raise ConfigError(f"output {target}: there is no folder {target.parent}.", "Make it, or name another.")
     _, config = find_run(path, overrides)
     split, rows = load_one(source, config, need_label=False, default_split="test")
+    for name in rows.columns:
+        if name in ("predicted", "probabilities") or name.startswith("probability."):
+            raise DataError(f"{source} has a column {name!r}, which the predictions would replace.", "Rename it.")
     opened = open_run(path, overrides)
     found = _classes(opened, split) if isinstance(opened.task, TextClassification) else _texts(opened, split)
     result = [{**row, **prediction} for row, prediction in zip(rows.rows, found, strict=True)]
     if target:
-        with storage_errors(Path(target)):
-            write_whole(Path(target), _as_csv(result) if suffix == ".csv" else _as_jsonl(result))
+        with storage_errors(target):
+            write_whole(target, _as_csv(result) if suffix == ".csv" else _as_jsonl(result))
     return result
 
 
@@ -239,12 +243,16 @@ def _as_jsonl(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def _is_cell(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
 def _as_csv(rows: list[dict[str, Any]]) -> str:
     flat = []
     for row in rows:
         shares = row.get("probabilities", {})
         plain = {
-            k: v if isinstance(v, str | int | float) else json.dumps(v, ensure_ascii=False)
+            k: "" if v is None else v if _is_cell(v) else json.dumps(v, ensure_ascii=False)
             for k, v in row.items()
             if k != "probabilities"
         }

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from tiny import config, sentence, write_rows
 
+from peft_engine.errors import DataError
 from peft_engine.run import train
-from peft_engine.using import evaluate, generate, predict
+from peft_engine.using import evaluate, export, generate, predict
 
 LM, CLASSES = "causal-lm", "text-classification"
 Tiny = Callable[[str], Path]
 
 
 def learned(
-    task: str, model: Path, rows: list[dict[str, Any]], folder: Path, steps: int, **more: Any
+    task: str, model: Path, rows: list[dict[str, Any]], folder: Path, steps: int, /, **more: Any
 ) -> dict[str, Any]:
     training = {"steps": steps, "batch_size": 8, "learning_rate": 5e-3, "warmup": 0.1, **more.pop("training", {})}
     settings = config(task, model, write_rows(folder / "rows.jsonl", rows), folder / "out", training=training, **more)
@@ -110,3 +111,26 @@ def test_answers_learned_by_heart_are_generated(tiny_model: Tiny, tmp_path: Path
     assert [generate(tmp_path / "out", question) for question in asked] == ANSWERS
     questions = write_rows(tmp_path / "new.jsonl", [{"messages": row["messages"][:1]} for row in rows])
     assert [one["predicted"] for one in predict(tmp_path / "out", str(questions))] == ANSWERS
+
+
+def test_predictions_never_replace_a_column(tiny_model: Tiny, tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": "cats" in row["names"]} for row in animals(32)]
+    learned(CLASSES, tiny_model("bert"), rows, tmp_path, 2)
+    for name in ("predicted", "probabilities", "probability.cats"):
+        source = write_rows(tmp_path / "own.jsonl", [{"text": "a dog", name: "mine"}])
+        with pytest.raises(DataError, match=f"'{name}'.*replace"):
+            predict(tmp_path / "out", str(source))
+
+
+def test_the_card_of_a_mean_pooled_merge_loads_it(tiny_model: Tiny, tmp_path: Path) -> None:
+    """The snippet in merged/README.md, run as it stands, gives the class that `predict` gives."""
+    rows = [{"text": row["text"], "label": str("cats" in row["names"])} for row in animals(64)]
+    learned(CLASSES, tiny_model("bert"), rows, tmp_path, 10, model={"pooling": "mean"})
+    folder, _ = export(tmp_path / "out", merged=True)
+    snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    text = rows[5]["text"]
+    names: dict[str, Any] = {}
+    exec(snippet.replace("THIS_FOLDER", str(folder)).replace("some text", text), names)
+    source = write_rows(tmp_path / "one.jsonl", [{"text": text}])
+    wanted = predict(tmp_path / "out", str(source))[0]["probabilities"]
+    assert names["logits"].softmax(-1)[0].tolist() == pytest.approx(list(wanted.values()), abs=1e-5)

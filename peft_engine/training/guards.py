@@ -111,7 +111,7 @@ class Signals:
         if not self._deferred or self.wanted:
             raise Interrupted(
                 f"{name}: stopped.",
-                "Run the same command with --resume to go on from the last checkpoint, if there is one.",
+                "Run it again with --resume (and without --overwrite): it goes on from the last checkpoint, if any.",
             )
         self.wanted = name
 

@@ -256,7 +256,8 @@ class Loop:
     def _stop_reason(self) -> Interrupted | BudgetReached | None:
         if self.signals.wanted:
             return Interrupted(
-                f"{self.signals.wanted}: stopped after a complete checkpoint.", "Run the same command with --resume."
+                f"{self.signals.wanted}: stopped after a complete checkpoint.",
+                "Run it again with --resume (and without --overwrite).",
             )
         budget, seconds = self.config.budget, self.hooks.elapsed()
         spent = cost_usd(seconds, budget.usd_per_hour)

@@ -20,7 +20,7 @@ class ProgressView:
         self._last_line = 0.0
         self._bar: Progress | None = None
         self._task: Any = None
-        self._started = time.perf_counter()
+        self._started = 0.0
         self._first_step: int | None = None
 
     def __enter__(self) -> "ProgressView":
@@ -44,7 +44,7 @@ class ProgressView:
         if self.quiet:
             return
         if self._first_step is None:
-            self._first_step = step - 1
+            self._first_step, self._started = step, time.perf_counter()  # the first step itself is not timed
         figures = (
             f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
             f"{peak_rss_bytes() / 2**30:.2f} GiB"
@@ -57,8 +57,9 @@ class ProgressView:
         now = time.perf_counter()
         if now - self._last_line >= LINE_SECONDS or step == total:
             self._last_line = now
-            left = (now - self._started) / (step - self._first_step) * (total - step)
-            self.console.print(f"step {step}/{total}  {figures}  {left:.0f} s left", highlight=False, soft_wrap=True)
+            done = step - self._first_step
+            left = f"  {(now - self._started) / done * (total - step):.0f} s left" if done else ""
+            self.console.print(f"step {step}/{total}  {figures}{left}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         if not self.quiet:

@@ -15,6 +15,7 @@ from tiny import chat_rows, class_rows, config, make_model, pair_rows, write_row
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError, DataError, StorageError
 from peft_engine.run import train
+from peft_engine.runtime import machine
 from peft_engine.training.checkpoint import complete_checkpoints, verify_files
 
 
@@ -246,6 +247,14 @@ def test_free_settings_may_change(stopped, tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [
         f"step-{step}" for step in (2, 4, 6, 8)
     ]
+
+
+def test_another_machine_is_told(stopped, monkeypatch, capfd):
+    """Other versions, threads or hardware may give other bits: said, and recorded."""
+    here = machine()
+    monkeypatch.setattr("peft_engine.run.machine", lambda: here | {"cpu_threads": 99})
+    assert train(stopped, resume=True, quiet=False)["resumed_with_other"] == ["cpu_threads"]
+    assert "cpu_threads" in capfd.readouterr().err
 
 
 def test_changed_data_is_refused(stopped):
