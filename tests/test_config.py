@@ -49,7 +49,7 @@ def test_quickstart_is_what_the_design_says() -> None:
     config = load_config(ROOT / "configs" / "quickstart.yaml")
     assert (config.task, config.adapter.method, config.adapter.rank) == ("text-classification", "lora", 8)
     assert config.data.limit.model_dump() == {"train": 4000, "eval": 1000, "test": 2000}
-    assert config.training.learning_rate == 5e-4
+    assert config.training.learning_rate == 1e-3
 
 
 def test_reading_imports_nothing_heavy() -> None:
