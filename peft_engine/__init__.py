@@ -4,17 +4,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.fusing import FuseReport, fuse, unfuse
     from .config import Config
     from .config_reading import load_config
     from .errors import EngineError
     from .run import train
     from .using import evaluate, export, generate, predict
 
-__all__ = ["Config", "EngineError", "evaluate", "export", "generate", "load_config", "predict", "train"]
+__all__ = [
+    "Config",
+    "EngineError",
+    "FuseReport",
+    "evaluate",
+    "export",
+    "fuse",
+    "generate",
+    "load_config",
+    "predict",
+    "train",
+    "unfuse",
+]
 
 _HOME = {
     "Config": "config",
     "EngineError": "errors",
+    "FuseReport": "adapters.fusing",
+    "fuse": "adapters.fusing",
+    "unfuse": "adapters.fusing",
     "load_config": "config_reading",
     "train": "run",
     "evaluate": "using",

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .backbone import LINEAR_TYPES, positions_of
@@ -39,6 +40,9 @@ def build_group(
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
     refuse_mixed_dtypes(group, runtime)
+    if config.kernels != "off":
+        group.fused = fuse(group.model, config.kernels)
+        group.rows = row_seeds(group.model)
     if config.training.gradient_checkpointing:
         if not backbone.model.supports_gradient_checkpointing:
             raise ConfigError(

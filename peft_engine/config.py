@@ -226,8 +226,9 @@ class Config(Section):
     """How it is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How it is judged."""
-    kernels: Literal["auto", "off"] = "auto"
-    """Fused kernels. This version has none: both run plain PEFT, and run.json says so."""
+    kernels: Literal["auto", "triton", "torch", "off"] = "auto"
+    """Fused kernels: triton (CUDA only), torch (any device), auto (the first that runs here), off (plain PEFT).
+    run.json says which ran, on what, and what was left as it is."""
     budget: BudgetConfig = BudgetConfig()
     """Limits and the price."""
     output: str

@@ -164,7 +164,6 @@ NOT_YET = {
     "model.frozen_compute": "int8 fp8",
     "adapter.method": _PEFT_METHODS,
     "data.packing": "true bfd wrapped",
-    "kernels": "triton torch",
 }
 """Values of the design, or of peft, that this version does not have."""
 

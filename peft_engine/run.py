@@ -225,6 +225,7 @@ class _Run:
         trainable, total = self.group.parameter_counts(trainee.member)
         timed = sum(trainee.step_seconds)
         cuda = self.runtime.device.type == "cuda"
+        fused = self.group.fused
         return {
             "task": self.config.task,
             "method": self.config.adapter.method,
@@ -263,7 +264,10 @@ class _Run:
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
             "resumed_with_other": self.moved,
-            "decisions": {**self.runtime.why, "kernels": "plain PEFT: this version has no fused kernels"},
+            "decisions": {**self.runtime.why, "kernels": "off: plain PEFT" if fused is None else fused.why},
+            "kernels": None
+            if fused is None
+            else {"backend": fused.backend, "swapped": fused.counts(), "skipped": fused.skipped},
             "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
             "hardware": hardware(),
             "versions": versions(),

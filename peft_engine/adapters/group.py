@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
+from .fusing import FuseReport, RowSeeds
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class Group:
     Attributes:
         model: what is called in forward: a PeftModel for lora, else the backbone's model.
         method: of `adapter.method`.
+        fused: what `fuse` did to the model; None with `kernels: off`.
+        rows: names the samples of a batch to the fused model's dropout.
     """
 
     backbone: Backbone
     model: nn.Module
     method: str
     members: list[Member]
+    fused: FuseReport | None = None
+    rows: RowSeeds | None = None
     _active: str | None = None
 
     def activate(self, member: Member) -> None:

@@ -69,6 +69,10 @@ class Task(Protocol):
         """Sum over supervised units, fp32 scalar; the caller divides by the units of the whole global batch."""
         ...
 
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`loss` of `forward`, perhaps without ever making all logits; runs under autocast."""
+        ...
+
     def meter(self) -> Meter: ...
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..adapters.fusing import fuses_loss
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
 from ..config import Config
 from ..data.chat import Rendered, check_stop_token, encode_rendered, render_messages
@@ -122,6 +123,12 @@ class CausalLM:
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         shifted = logits[:, :-1].float().flatten(0, 1)
         return F.cross_entropy(shifted, batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not fuses_loss(model):
+            return self.loss(self.forward(model, batch), batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        return model(**inputs, use_cache=False, num_items_in_batch=1).loss
 
     def meter(self) -> "LanguageMeter":
         return LanguageMeter(self)

@@ -126,6 +126,9 @@ class TextClassification:
             return F.binary_cross_entropy_with_logits(logits, batch["label"], reduction="none").mean(-1).sum()
         return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")
 
+    def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.loss(self.forward(model, batch), batch)
+
     def meter(self) -> ClassMeter:
         return ClassMeter(self)
 

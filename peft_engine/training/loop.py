@@ -16,7 +16,7 @@ from ..data.encoding import EncodedSet
 from ..errors import BudgetReached, Diverged, Interrupted, OutOfMemory
 from ..meters.cost import cost_usd
 from ..meters.memory import LiveBytes
-from ..runtime import Runtime, seed_everything
+from ..runtime import Runtime, combine, seed_everything
 from ..tasks.base import Task
 from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
 from .optim import make_schedule, set_learning_rate
@@ -127,9 +127,10 @@ class Loop:
         tensors = list(trainee.member.tensors.values())
         while True:
             seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)
+            seed = combine(trainee.member.spec.seed, 4, step)
             size = trainee.micro_batch_size
             try:
-                found = gradients(self.group.model, self.task, self.data, cut(own, size), units, tensors, self.runtime)
+                found = gradients(self.group, self.task, self.data, cut(own, size), units, tensors, self.runtime, seed)
                 return self._unscaled(trainee, found)
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..adapters.group import Group
 from ..data.encoding import EncodedSet
 from ..runtime import Runtime
 from ..tasks.base import Task, to_device
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two rows share a number
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,14 @@ class Gradients:
 
 
 def gradients(
-    model: nn.Module,
+    group: Group,
     task: Task,
     data: EncodedSet,
     micro_batches: Sequence[np.ndarray],
     units: int,
     tensors: Sequence[nn.Parameter],
     runtime: Runtime,
+    seed: int,
 ) -> Gradients:
     """Accumulate gradients of the mean loss over the whole global batch into `tensors`.
 
@@ -45,21 +49,29 @@ def gradients(
     Args:
         micro_batches: this process's rows of the step, in pieces.
         units: supervised units of the global batch over all processes, known from the data.
+        seed: of this member and step; with a row's number it names the row's dropout masks in a fused model, which
+            therefore depend neither on the cut into micro-batches nor on the number of processes.
     """
     accelerator = runtime.accelerator
     total = torch.zeros((), device=runtime.device)
     for rows in micro_batches:
         batch = to_device(task.collate(data, rows), runtime.device)
+        if group.rows is not None:
+            group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
         with accelerator.autocast():
-            logits = task.forward(model, batch)
-        loss = task.loss(logits, batch) / units
-        del logits
+            loss = task.training_loss(group.model, batch) / units
         accelerator.backward(loss)
         total += loss.detach()
     if runtime.world > 1:
         total = _sum_over_processes(tensors, total, runtime)
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None])
     return Gradients(total, norm)
+
+
+def sample_seeds(seed: int, rows: np.ndarray) -> Tensor:
+    """One 64-bit number per row of the data, int64 (rows,), for this member and step."""
+    words = np.random.SeedSequence(seed).generate_state(1, np.uint64) + rows.astype(np.uint64) * GOLDEN
+    return torch.from_numpy(words.view(np.int64))
 
 
 def clip(tensors: Sequence[nn.Parameter], norm: Tensor, limit: float | None) -> None:

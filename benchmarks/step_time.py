@@ -1,0 +1,181 @@
+"""Seconds and bytes of a whole training step: full fine-tuning, plain HF PEFT, and PEFT fused, on one model.
+
+    python benchmarks/step_time.py                              SmolLM2, 4×256 tokens, LoRA r=16 on all linears, p=0.05
+    python benchmarks/step_time.py --dropout 0                  the same without dropout
+    python benchmarks/step_time.py --model minilm --rows 32 --tokens 128 --dropout 0.1
+
+Every side is a process of its own that holds one model; the parent lets them step in turn, so that noise of the machine
+meets all sides, and takes medians. Steps are whole: forward, loss, backward, clipping, AdamW, zero_grad. Bytes are live
+tensor storages, counted on a step of their own (peft_engine.meters.memory). Targets are real text.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("full", "peft", "fused")
+
+
+def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """(model, batch). Imports are here, so that the parent stays light."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    path = ROOT / ".assets" / "models" / args.model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    causal = "CausalLM" in str(json.loads((path / "config.json").read_text()).get("architectures"))
+    rows = (ROOT / ".assets" / "data" / "e2e_nlg.jsonl").read_text().splitlines()[:2000]
+    text = " ".join(" ".join(str(v) for v in json.loads(row).values()) for row in rows)
+    ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+    size = args.rows * args.tokens
+    input_ids = torch.tensor(ids[:size]).view(args.rows, args.tokens)
+    torch.manual_seed(0)
+    if causal:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        batch = {"input_ids": input_ids, "labels": input_ids, "use_cache": False}
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, num_labels=2)
+        batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        batch["labels"] = torch.arange(args.rows) % 2
+    if side != "full":
+        settings = LoraConfig(
+            r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules="all-linear",
+            task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+        )  # fmt: skip
+        model = get_peft_model(model, settings)
+    if side == "fused":
+        from peft_engine import fuse
+
+        fuse(model)
+    if args.allocator == "all" or args.allocator == side:
+        from peft_engine.runtime import keep_freed_memory
+
+        keep_freed_memory()
+    return model.train(), batch
+
+
+def worker(side: str, args: argparse.Namespace) -> None:
+    """Steps when asked to: "step" → seconds and loss, "bytes" → peak of live bytes, "profile" → a table."""
+    import torch
+
+    from peft_engine.meters.memory import LiveBytes
+
+    model, batch = build(side, args)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def step() -> float:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        answer: dict[str, Any] = {}
+        if line.strip() == "step":
+            start = time.perf_counter()
+            answer["loss"] = step()
+            answer["seconds"] = time.perf_counter() - start
+        elif line.strip() == "bytes":
+            states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+            with LiveBytes([*model.parameters(), *model.buffers(), *states]) as meter:
+                step()
+            answer["peak_bytes"] = meter.peak
+        elif line.strip() == "profile":
+            from torch.profiler import profile
+
+            with profile() as found:
+                step()
+            table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50)
+            print(table, file=sys.stderr)
+        print(json.dumps(answer), flush=True)
+
+
+class Side:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        words = [sys.executable, __file__, *sys.argv[1:], "--side", name]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        while (line := self._line()) != "ready":
+            print(line, file=sys.stderr)
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"The side {self.name!r} ended: see its error above.")
+        return line.strip()
+
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._line())
+        return answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a folder of .assets/models")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--allocator", choices=("none", "fused", "all"), default="fused",
+        help="which sides keep freed memory, as `train` does on a CPU (default: fused, as users run each)",
+    )  # fmt: skip
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--profile", action="store_true", help="also print where the last side's step goes")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        worker(args.side, args)
+        return
+    sides = [Side(name) for name in args.sides]
+    for turn in range(args.repeats + 2):
+        for side in sides:
+            answer = side.ask("step")
+            side.losses.append(answer["loss"])
+            if turn >= 2:  # two to warm up
+                side.seconds.append(answer["seconds"])
+    result: dict[str, Any] = {"arguments": {k: v for k, v in vars(args).items() if k != "side"}}
+    for side in sides:
+        result[side.name] = {
+            "step_seconds": statistics.median(side.seconds),
+            "spread": [min(side.seconds), max(side.seconds)],
+            "peak_bytes": side.ask("bytes")["peak_bytes"],
+            "losses": side.losses,
+        }
+    fused = result.get("fused")
+    for other in ("peft", "full"):
+        if fused and other in result:
+            pairs = zip(sides[-1].seconds, next(s for s in sides if s.name == other).seconds, strict=True)
+            result[f"fused/{other}"] = {
+                "seconds": fused["step_seconds"] / result[other]["step_seconds"],
+                "median_of_pairs": statistics.median(a / b for a, b in pairs),
+                "bytes": fused["peak_bytes"] / result[other]["peak_bytes"],
+            }
+    if args.profile:
+        sides[-1].ask("profile")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

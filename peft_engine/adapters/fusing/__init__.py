@@ -1,0 +1,245 @@
+"""Swap the parts of one model for fused ones: `fuse(model)` and `unfuse(model)`.
+
+A part is found by its type and by what it computes, never by a model's name, and gets a subclass of its own class
+(`module.__class__`): parameters, hooks, state dict and adapter files stay what they are.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_kernels._launch import Backend, interpreted
+
+from ...errors import ConfigError
+from . import loss, modules, probing
+from .linears import FusedLoraLinear, SharedInput, SharingForward, why_not
+from .reading import shared_inputs
+from .state import ATTRIBUTE, Fused, RowSeeds, give_back, hooked, original_class, salt_of, state_of, swap
+
+__all__ = ["FuseReport", "RowSeeds", "fuse", "fuses_loss", "row_seeds", "unfuse"]
+
+
+@dataclass
+class FuseReport:
+    """What `fuse` did.
+
+    Attributes:
+        swapped: module name → the op that it runs now.
+        skipped: module name → why it was left as it is.
+        backend: "triton" or "torch", what the ops of this model run on.
+        why: how the backend was chosen.
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    backend: str = "torch"
+    why: str = ""
+
+    def counts(self) -> dict[str, int]:
+        """How often each op was swapped in."""
+        found: dict[str, int] = {}
+        for op in self.swapped.values():
+            found[op] = found.get(op, 0) + 1
+        return found
+
+
+def fuse(model: nn.Module, backend: Backend = "auto") -> FuseReport:
+    """Make this model's training faster and smaller; its results stay, rounding and dropout masks aside.
+
+    LoRA linears (with dropout, bias, rsLoRA, DoRA, Conv1D), siblings that read one input, gated MLPs, RMSNorm,
+    LayerNorm, activations, dropout, rotary attention and the causal LM loss. A second call starts anew.
+
+    Args:
+        model: a PeftModel or any transformers model; changed in place, undone by `unfuse`.
+        backend: "triton" (CUDA), "torch", or "auto": Triton where the model lives on CUDA and triton is installed.
+
+    Raises:
+        ConfigError: the backend can't run here, or DeepSpeed ZeRO-3 partitions the model.
+    """
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ConfigError(
+            "fuse: the model is partitioned by DeepSpeed ZeRO-3, which gathers weights through hooks on the parts that "
+            "a fused layer bypasses.",
+            "Use FSDP2 or ZeRO-2, or leave the model unfused.",
+        )
+    unfuse(model)
+    report = FuseReport()
+    report.backend, report.why = _choose(model, backend)
+    chosen: Backend = "triton" if report.backend == "triton" else "torch"
+    rows = RowSeeds()
+    named = list(model.named_modules())
+    bypassed = _parts_of_adapters(model)
+    for name, module in named:
+        if id(module) not in bypassed:
+            _swap_one(name, module, chosen, rows, report)
+            if report.swapped.get(name) == "glu":
+                bypassed |= {id(child) for child in module.children() if not isinstance(child, BaseTunerLayer)}
+    for name, module in named:
+        _share_inputs(name, module, chosen, rows, report)
+    for name, module in named:
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            _swap_loss(name, module, chosen, rows, report)
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module of the model its own class back."""
+    for module in model.modules():
+        module.__dict__.pop("_peft_engine_handover", None)
+        if ATTRIBUTE in module.__dict__:
+            give_back(module)
+
+
+def row_seeds(model: nn.Module) -> RowSeeds | None:
+    """The holder through which a training loop names the samples of a batch; None for a model that isn't fused."""
+    return next((state_of(m).rows for m in model.modules() if ATTRIBUTE in m.__dict__), None)
+
+
+def fuses_loss(model: nn.Module) -> bool:
+    """Whether a training call with labels computes its loss without making the logits."""
+    return any(isinstance(m, loss.CausalLossForward) for m in model.modules())
+
+
+def _choose(model: nn.Module, backend: Backend) -> tuple[str, str]:
+    if backend not in get_args(Backend):
+        raise ConfigError(f"fuse: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}.", "Use auto.")
+    kinds = {p.device.type for p in model.parameters()}
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "triton":
+        if not installed or not (kinds == {"cuda"} or interpreted()):
+            where = "triton is not installed" if not installed else f"the model is on {', '.join(sorted(kinds))}"
+            raise ConfigError(
+                f"fuse: backend 'triton' needs a model on CUDA and the triton package; {where}.", "Use auto or torch."
+            )
+        return "triton", "asked for"
+    if backend == "torch":
+        return "torch", "asked for"
+    if kinds == {"cuda"}:
+        return (
+            ("triton", "auto: the model is on CUDA")
+            if installed
+            else ("torch", "auto: on CUDA, but triton is not installed")
+        )
+    return "torch", f"auto: the model is on {', '.join(sorted(kinds)) or 'no device'}"
+
+
+def _parts_of_adapters(model: nn.Module) -> set[int]:
+    """Modules inside peft's layers (their dropout, A, B and base): run by the layer, or not at all."""
+    found: set[int] = set()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            found |= {id(m) for m in layer.modules() if m is not layer}
+    return found
+
+
+def _swap_one(name: str, module: nn.Module, backend: Backend, rows: RowSeeds, report: FuseReport) -> None:
+    found = _match(module, backend)
+    if found is None:
+        return
+    op, cls, extra = found
+    if isinstance(cls, str):
+        report.skipped[name] = cls
+        return
+    if "forward" in module.__dict__:
+        report.skipped[name] = "its forward was replaced on this instance"
+        return
+    swap(module, cls, Fused(original_class(module), op, backend, rows, salt_of(_plain(name)), {"name": name, **extra}))
+    report.swapped[name] = op
+
+
+def _plain(name: str) -> str:
+    """A module's name in the model below peft's wrappers, so that a mask does not depend on how it is wrapped."""
+    return name.removeprefix("base_model.model.")
+
+
+def _match(module: nn.Module, backend: Backend) -> tuple[str, Any, dict[str, Any]] | None:
+    """(op, class, what it needs), (op, reason, {}) for what can't be fused, None for what is none of our business."""
+    if isinstance(module, BaseTunerLayer):
+        if not isinstance(module, LoraLayer):
+            return "adapter", f"peft's {type(module).__name__} has no fused form", {}
+        reason = why_not(module)
+        return ("lora_linear", reason, {}) if reason else ("lora_linear", FusedLoraLinear, {})
+    if type(module) is nn.Dropout:
+        return ("dropout", modules.subclass(nn.Dropout, modules.DropoutForward), {}) if 0 < module.p < 1 else None
+    if type(module) is nn.LayerNorm:
+        if len(module.normalized_shape) != 1:
+            return "layer_norm", "it normalises several dimensions", {}
+        return "layer_norm", modules.subclass(nn.LayerNorm, modules.LayerNormForward), {}
+    for op, probe, mixin in _PROBES:
+        settings = probe(module)
+        if settings is not None:
+            if op == "glu" and any(hooked(m) for n, m in module.named_children() if n not in settings.values()):
+                return op, "hooks stand on its activation", {}
+            key = {"rms_norm": "settings", "activation": "kind"}.get(op, "parts")
+            return op, modules.subclass(original_class(module), mixin), {key: settings}
+    if modules.calls_rotation(module):
+        cls = modules.rotary_class(module, backend)
+        return "rope", cls or "its rotary embedding is not the one that turns halves", {}
+    return None
+
+
+_PROBES: tuple[tuple[str, Callable[[nn.Module], Any], type], ...] = (
+    ("rms_norm", probing.rms_norm_settings, modules.RMSNormForward),
+    ("glu", probing.gated_mlp, modules.GatedMLPForward),
+    ("glu", probing.packed_mlp, modules.GatedMLPForward),
+    ("activation", probing.activation_kind, modules.ActivationForward),
+)
+
+
+def _share_inputs(name: str, parent: nn.Module, backend: Backend, rows: RowSeeds, report: FuseReport) -> None:
+    for names in shared_inputs(original_class(parent)):
+        found = [(child, parent._modules.get(child)) for child in names]
+        members = [(child, m) for child, m in found if isinstance(m, FusedLoraLinear) and not m.lora_variant]
+        widths = {m.in_features for _, m in members}
+        if len(members) < 2 or len(widths) != 1:
+            continue
+        if "forward" in parent.__dict__:
+            continue
+        group = SharedInput([m for _, m in members])
+        if ATTRIBUTE in parent.__dict__:
+            state_of(parent).extra.setdefault("groups", []).append(group)
+        else:
+            swap(
+                parent,
+                original_class(parent),
+                Fused(original_class(parent), "parent", backend, rows, 0, {"groups": [group]}),
+            )
+        for child, member in members:
+            state_of(member).extra["group"] = group
+            report.swapped[f"{name}.{child}" if name else child] = "lora_linear, shared input"
+    if ATTRIBUTE in parent.__dict__ and "groups" in state_of(parent).extra:
+        parent.__class__ = modules.subclass(type(parent), SharingForward)
+
+
+def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: FuseReport) -> None:
+    """The model's class and its head's, where the loss can be computed from hidden states."""
+    label = name or "loss"
+    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
+        return
+    logits = loss.read_logits(model)
+    if isinstance(logits, str):
+        report.skipped[label] = logits
+        return
+    if "forward" in model.__dict__:
+        report.skipped[label] = (
+            "its forward was replaced on this instance (as TRL's fused LM head does): the loss stays its own"
+        )
+        return
+    head = model.get_submodule(logits.head)
+    reason = loss.head_refusal(head) or ("hooks stand on its head" if hooked(head) else None)
+    if reason:
+        report.skipped[label] = reason
+        return
+    if ATTRIBUTE in head.__dict__:
+        head.__class__ = modules.subclass(type(head), loss.Handover)
+    else:
+        swap(head, modules.subclass(original_class(head), loss.Handover), Fused(type(head), "head", backend, rows, 0))
+    state = Fused(original_class(model), "linear_cross_entropy", backend, rows, salt_of(label), {"logits": logits})
+    swap(model, modules.subclass(original_class(model), loss.CausalLossForward), state)
+    report.swapped[label] = "linear_cross_entropy"

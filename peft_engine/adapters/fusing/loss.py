@@ -1,0 +1,322 @@
+"""The loss of a causal language model from hidden states: logits of a whole batch never exist.
+
+The model's own forward runs, with a head that hands its input on instead of multiplying it out; the loss is
+`peft_kernels.linear_cross_entropy`. Only where the forward's source shows what becomes of the logits, the loss is
+transformers' own for causal LMs, labels are given, and the model trains; everywhere else its own code runs.
+"""
+
+import ast
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from peft_kernels.dropout import dropout
+from peft_kernels.linear_cross_entropy import HeadAdapter, linear_cross_entropy
+
+from .linears import FusedLoraLinear, rate_of
+from .reading import attribute_of_self, forward_tree, value_of
+from .state import hooked, original_class, state_of
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model's forward does between its head and its loss.
+
+    Attributes:
+        head: name of the child that makes logits.
+        scale: a factor on them, softcap: c of c·tanh(z/c).
+    """
+
+    head: str
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def read_logits(model: nn.Module) -> Logits | str:
+    """The head and what is done to logits before `self.loss_function`, or why that can't be told."""
+    tree = forward_tree(original_class(model))
+    if tree is None:
+        return "its forward has no source"
+    head: str | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    for node in sorted(
+        (n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AugAssign | ast.Call)), key=_position
+    ):
+        if isinstance(node, ast.Call) and attribute_of_self(node.func) == "loss_function":
+            return Logits(head, scale, softcap) if head else "its loss is not computed from the output of its head"
+        if not isinstance(node, ast.Assign) or [getattr(t, "id", None) for t in node.targets] != ["logits"]:
+            continue
+        name = _head_called(node.value)
+        if name is not None:
+            head = name
+        elif "final_logit_softcapping" in ast.unparse(node) or "tanh(logits)" in ast.unparse(node):
+            softcap = getattr(model.config, "final_logit_softcapping", None)  # type: ignore[union-attr]
+            if softcap is None and "final_logit_softcapping" not in ast.unparse(tree):
+                return f"its logits go through {ast.unparse(node.value)} before the loss"
+        else:
+            factor = _factor(model, node.value)
+            if factor is None:
+                return f"its logits go through {ast.unparse(node.value)} before the loss"
+            scale *= factor
+    return "its forward calls no loss_function"
+
+
+def _position(node: ast.AST) -> tuple[int, int]:
+    return node.lineno, node.col_offset  # type: ignore[attr-defined]
+
+
+def _head_called(value: ast.expr) -> str | None:
+    """ "lm_head" for `self.lm_head(…)`, also with `.contiguous()` or `.float()` behind it."""
+    while isinstance(value, ast.Call):
+        name = attribute_of_self(value.func)
+        if name is not None:
+            return name if "." not in name else None
+        if not (isinstance(value.func, ast.Attribute) and value.func.attr in ("contiguous", "float")):
+            return None
+        value = value.func.value
+    return None
+
+
+def _factor(model: nn.Module, value: ast.expr) -> float | None:
+    """The number in `logits * self.a.b` or `logits / self.a.b`."""
+    if not (isinstance(value, ast.BinOp) and getattr(value.left, "id", None) == "logits"):
+        return None
+    path = attribute_of_self(value.right)
+    try:
+        number = value_of(model, path) if path else None
+    except AttributeError:
+        return None
+    if not isinstance(number, int | float) or not number:
+        return None
+    return float(number) if isinstance(value.op, ast.Mult) else 1 / number if isinstance(value.op, ast.Div) else None
+
+
+class Handover:
+    """Mixin of a head: while `open`, its input is noted and no logits are made."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        note: list[Tensor] | None = self.__dict__.get("_peft_engine_handover")
+        if note is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        note.append(x)
+        return x.new_empty(*x.shape[:-1], 0, dtype=torch.float32)
+
+
+@dataclass
+class LogitsLater:
+    """What makes the logits of one training call.
+
+    Attributes:
+        autocast: dtype and whether it was on when the model ran.
+    """
+
+    model: nn.Module
+    hidden: Tensor
+    autocast: tuple[torch.dtype, bool]
+
+    def make(self) -> Tensor:
+        """The logits with their graph, as they would have come out of the model."""
+        asked, kind = read_logits(self.model), self.hidden.device.type
+        assert isinstance(asked, Logits)
+        dtype, enabled = self.autocast
+        with torch.autocast(kind, dtype, enabled):
+            made: Tensor = self.model.get_submodule(asked.head)(self.hidden)
+            made = made if asked.scale == 1 else made * asked.scale
+            made = made if asked.softcap is None else asked.softcap * torch.tanh(made / asked.softcap)
+        # who reads them outside of the model's own autocast gets what Accelerate makes of its outputs
+        return made.float() if enabled and not torch.is_autocast_enabled(kind) else made
+
+
+class LazyLogits:
+    """Mixin of a model's output: logits are made when somebody asks for them.
+
+    Until then an empty tensor stands in their place and knows how they are made, so that they survive DDP, FSDP and
+    Accelerate, which take outputs apart and put them together again. They are no field of the dataclass: FSDP reads all
+    fields after every call.
+    """
+
+    @property
+    def logits(self) -> Tensor | None:
+        given: Tensor | None = self.__dict__.get("logits")
+        later: LogitsLater | None = getattr(given, _LATER, None)
+        if later is not None:
+            given = self.logits = later.make()
+        return given
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        self.__dict__["logits"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "logits" and value is not None:
+            OrderedDict.__setitem__(self, name, value)  # type: ignore[type-var]
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        plain = type(self).__mro__[2]
+        return plain, tuple(getattr(self, f.name) for f in fields(plain))
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int):
+            key = list(self)[key]  # type: ignore[call-overload]
+        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # type: ignore[operator]
+
+
+_LATER = "_peft_engine_logits"
+
+
+@lru_cache(maxsize=64)
+def _with_lazy_logits(cls: type) -> type:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    names["__dataclass_fields__"] = {n: f for n, f in cls.__dataclass_fields__.items() if n != "logits"}  # type: ignore[attr-defined]
+    return type(cls.__name__, (LazyLogits, cls), names)
+
+
+class CausalLossForward:
+    """Mixin of a causal language model."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        model: Any = self
+        head = model.get_submodule(state_of(model).extra["logits"].head)
+        if labels is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not _applies(model, head, kwargs):
+            return super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
+        note: list[Tensor] = []
+        head.__dict__["_peft_engine_handover"] = note
+        try:
+            output = super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
+        finally:
+            del head.__dict__["_peft_engine_handover"]
+        kind = note[0].device.type
+        autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        setattr(output.logits, _LATER, LogitsLater(model, note[0], autocast))
+        output.__class__ = _with_lazy_logits(type(output))
+        return output
+
+    @property
+    def loss_function(self) -> Any:
+        """What the model's own forward calls: the fused loss once its head has handed over, else what it always was.
+        Terms that the forward adds to its loss (the balance of experts) stay."""
+        model: Any = self
+        head = model.get_submodule(state_of(model).extra["logits"].head)
+        note: list[Tensor] | None = head.__dict__.get("_peft_engine_handover")
+        return partial(self._loss, head, note[0]) if note else super().loss_function  # type: ignore[misc]
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
+
+    def _loss(
+        self,
+        head: nn.Module,
+        hidden: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Cross-entropy as transformers' ForCausalLMLoss reduces it: the mean, or the sum over `num_items_in_batch`."""
+        model: Any = self
+        shifted = (
+            nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+        )
+        count, targets = num_items_in_batch, shifted.to(hidden.device)
+        loss = fused_loss(model, head, hidden, targets, ignore_index, "mean" if count is None else "sum")
+        return loss if count is None else loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+
+def fused_loss(
+    model: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor, ignored: int, reduction: Literal["sum", "mean"]
+) -> Tensor:
+    """`linear_cross_entropy` with the head's weight and whatever adapters are active on it (trap 16)."""
+    state = state_of(model)
+    logits: Logits = state.extra["logits"]
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows = None
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and type(wanted) is Tensor:
+        rows = (wanted != ignored).nonzero().squeeze(1)  # costs no synchronisation here, and saves two GEMMs per row
+    weight, bias, lora = head_parts(head, hidden)
+    return linear_cross_entropy(
+        flat, weight, wanted, bias=bias, lora=lora, rows=rows, ignore_index=ignored, softcap=logits.softcap,
+        logit_scale=logits.scale, reduction=reduction, backend=state.backend,
+    )  # fmt: skip
+
+
+def head_parts(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None, list[HeadAdapter]]:
+    """Weight, bias and adapters of a head as it computes now."""
+    if isinstance(head, ModulesToSaveWrapper):
+        active = head.active_adapters[0] if head.active_adapters and not head.disable_adapters else ""
+        head = head.modules_to_save[active] if active in head.modules_to_save else head.original_module
+    if not isinstance(head, PeftLinear):
+        return head.weight, head.bias, []  # type: ignore[return-value]
+    base: Any = head.get_base_layer()
+    if head.disable_adapters and head.merged:
+        head.unmerge()  # as peft's own forward does
+    if head.disable_adapters or head.merged:
+        return base.weight, base.bias, []
+    adapters = []
+    for place, name in enumerate(n for n in head.active_adapters if n in head.lora_A):
+        p, own = rate_of(head.lora_dropout[name]), None
+        assert p is not None
+        if p:
+            state = state_of(head)
+            own = dropout(hidden, p, state.rows.of(hidden), state.salt + place, backend=state.backend).reshape(
+                -1, hidden.shape[-1]
+            )
+        up: Any = head.lora_B[name]
+        adapters.append(HeadAdapter(head.lora_A[name].weight, up.weight, float(head.scaling[name]), own))
+    return base.weight, base.bias, adapters
+
+
+def _applies(model: Any, head: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is a training step whose loss is transformers' own."""
+    if not (model.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    logits_to_keep = kwargs.get("logits_to_keep", 0)
+    plain = isinstance(logits_to_keep, int) and logits_to_keep == 0 and kwargs.get("return_dict") in (None, True)
+    if not plain or model.config.return_dict is False:
+        return False
+    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
+        return False
+    # a head that peft put in place after fusing hands nothing over; a hook on a head needs its call
+    return isinstance(head, Handover) and not hooked(head) and head_refusal(head) is None
+
+
+def head_refusal(head: nn.Module) -> str | None:
+    """Why this head's loss can't be fused, None where it can."""
+    if isinstance(head, ModulesToSaveWrapper):
+        inner = [head.original_module, *head.modules_to_save.values()]
+        if len(head.active_adapters) > 1:
+            return "several trained copies of the head are active"
+        return next((r for r in map(head_refusal, inner) if r), None)
+    if any(hooked(m) for m in head.modules() if m is not head):
+        return "hooks stand on its head"
+    if isinstance(head, PeftLinear):
+        if type(head.get_base_layer()) is not nn.Linear:
+            return f"its head is a {type(head.get_base_layer()).__name__}"
+        if (
+            not isinstance(head, FusedLoraLinear)
+            or head.lora_variant
+            or any(b.bias is not None for b in head.lora_B.values())
+        ):
+            return "the adapter on its head has no fused form"
+        return next(
+            ("its head's dropout is none of torch's" for d in head.lora_dropout.values() if rate_of(d) is None), None
+        )
+    return None if original_class(head) is nn.Linear else f"its head is a {type(head).__name__}"

@@ -1,0 +1,88 @@
+"""What a fused module remembers, and the names of its dropout masks."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels._launch import Backend
+
+ATTRIBUTE = "_peft_engine_fused"
+
+
+@dataclass
+class RowSeeds:
+    """Seeds of the samples in the batch, one holder per fused model.
+
+    Attributes:
+        seeds: int64 (samples,), set by a training loop that can name its samples; a sample's dropout masks then depend
+            on nothing else. None: every layer draws seeds by row from torch's generator, as `F.dropout` would.
+    """
+
+    seeds: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Seeds for the first dimension of `x`, on its device."""
+        if self.seeds is not None and self.seeds.shape[0] == x.shape[0]:
+            return self.seeds
+        # checkpointing restores the generator, so a replay draws them again
+        return torch.randint(-(2**63), 2**63 - 1, (x.shape[0],), device=x.device)
+
+
+@dataclass
+class Fused:
+    """Why this module's class is not its own.
+
+    Attributes:
+        original: the class that `unfuse` gives back.
+        op: what it runs now, as the report names it.
+        salt: of its dropout masks, from its name.
+        extra: what only some kinds of module need.
+    """
+
+    original: type[nn.Module]
+    op: str
+    backend: Backend
+    rows: RowSeeds
+    salt: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def salt_of(name: str) -> int:
+    """40 bits from a module's name; adapters of one layer add small numbers."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:5], "big") << 8
+
+
+def state_of(module: nn.Module) -> Fused:
+    found: Fused = module.__dict__[ATTRIBUTE]
+    return found
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, before it was fused if it is."""
+    found = module.__dict__.get(ATTRIBUTE)
+    return found.original if isinstance(found, Fused) else type(module)
+
+
+def swap(module: nn.Module, cls: type[nn.Module], state: Fused) -> None:
+    """Give this instance another class. Its hooks, parameters and `forward` set by others stay."""
+    module.__dict__[ATTRIBUTE] = state
+    module.__class__ = cls
+
+
+def give_back(module: nn.Module) -> None:
+    module.__class__ = state_of(module).original
+    del module.__dict__[ATTRIBUTE]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class's forward, so that it must not be bypassed."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
