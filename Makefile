@@ -2,7 +2,8 @@
 # make assets      real models and data into .assets/     make test-slow   the long ones
 # make quickstart  fine-tune, export, use: the main job   make check       ruff, mypy, layout
 # make mutants     take each guard out, see a test fail   make clean       .venv and caches
-.PHONY: help setup assets quickstart test test-slow check mutants clean
+# make kernels-aot compile every Triton kernel for GPUs (none needed); registers, spills, instructions
+.PHONY: help setup assets quickstart test test-slow check mutants kernels-aot clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -67,6 +68,9 @@ check: setup
 
 mutants: assets
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/mutants.py
+
+kernels-aot: setup
+	$(BIN)/python benchmarks/kernels_aot.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,14 +3,15 @@
     python benchmarks/kernels_aot.py [--kernel NAME] [--arch sm_80] [--json FILE]
 
 Each `peft_kernels/gpu/*.py` ends in `CASES`: one entry per kernel and configuration of its static table. Each is
-compiled for Ampere (sm_80), Hopper (sm_90) and Turing (sm_75), two at a time, and the machine code is taken apart. A
-case fails that keeps registers in memory (stack or local bytes), wants more shared memory than a block may have there,
-lacks the tensor-core instructions it promises, or holds an atomic operation (gradients would change from run to run).
-A kernel that no case names fails as well. The exit status is 1 if anything failed.
+compiled for Ampere (sm_80), Hopper (sm_90) and Turing (sm_75), two at a time, and what came out is read: registers and
+stack from the binary, the instruction mix from its PTX. A case fails that keeps registers in memory (stack or local
+bytes), wants more shared memory than a block may have there, lacks the tensor-core instructions it promises, or holds
+an atomic operation (gradients would change from run to run). A kernel that no case names fails as well. The exit status
+is 1 if anything failed.
 
-Triton builds no tensor-core instructions for Turing (tested with 3.7.1: `tl.dot` becomes scalar FFMA). So a kernel that
-promises them is not compiled for sm_75, its row says so, and there the op has to go through cuBLAS. The others are held
-to the same rules on sm_75; where Triton or its assembler refuses one, its row gives the reason.
+Triton builds no tensor-core instructions for Turing (tested with 3.7.1: `tl.dot` becomes scalar products). So a kernel
+that promises them is not compiled for sm_75, its row says so, and there the op has to go through cuBLAS. The others are
+held to the same rules on sm_75; where Triton or its assembler refuses one, its row gives the reason.
 
 The first run takes minutes; Triton's cache makes the next one fast. `--kernel` and `--arch` narrow it.
 """
@@ -46,20 +47,19 @@ SHARED_LIMIT = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10}  # by
 ARCHS = tuple(SHARED_LIMIT)
 WORKERS = 2
 CASE_SECONDS = 180
-TENSOR = re.compile(r"(HMMA|IMMA|HGMMA|QGMMA|IGMMA|QMMA)\b")
-SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-# Column of the table → the instructions it counts.
+TENSOR = re.compile(r"(mma|wgmma\.mma_async)\.")
+PTX = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)+)", re.MULTILINE)
+# Column of the table → the PTX instructions it counts.
 MIX = {
     "tensor": TENSOR,
-    "ld128": re.compile(r"LDG\.\S*128"),
-    "ld": re.compile(r"LDG\."),
-    "st128": re.compile(r"STG\.\S*128"),
-    "st": re.compile(r"STG\."),
-    "async": re.compile(r"LDGSTS|UTMALDG|UBLKCP"),
-    "ffma": re.compile(r"FFMA|FMUL|FADD"),
-    "mufu": re.compile(r"MUFU"),
-    "spill": re.compile(r"(LDL|STL)\b"),
-    "atomic": re.compile(r"(ATOM|ATOMG|RED|REDG)\b"),
+    "ld128": re.compile(r"ld\.global\..*(v4\.\w32|v2\.\w64)"),
+    "ld": re.compile(r"ld\.global\."),
+    "st128": re.compile(r"st\.global\..*(v4\.\w32|v2\.\w64)"),
+    "st": re.compile(r"st\.global\."),
+    "async": re.compile(r"cp\.async\.(c[ag]|bulk)\."),
+    "fma": re.compile(r"(fma|mul|add|sub)\.(\w+\.)*f32"),
+    "special": re.compile(r"(ex2|lg2|rcp|rsqrt|sqrt|tanh|sin|cos|div)\."),
+    "atomic": re.compile(r"(atom|red)\."),
 }
 
 
@@ -138,29 +138,25 @@ def check_case(case: Any) -> None:
         raise ValueError(f"aligned names {sorted(stray)}, which the signature doesn't")
 
 
-def disassemble(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """REG, STACK, LOCAL … as the compiler reports them, and how often each machine instruction occurs."""
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL … as the assembler left them in the binary."""
     from triton import knobs
 
-    tool = knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "kernel.cubin")
         path.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run([tool, how, str(path)], capture_output=True, text=True, check=True).stdout
-            for how in ("-res-usage", "-sass")
-        )
-    numbers = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    instructions = Counter(SASS.findall(sass))
-    if "REG" not in numbers or not instructions:
-        raise RuntimeError(f"{tool} told nothing about the kernel: {usage!r}")
-    return numbers, instructions
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", told)}
+    if not {"REG", "STACK", "LOCAL"} <= numbers.keys():
+        raise RuntimeError(f"{command[0]} told nothing about the kernel: {told!r}")
+    return numbers
 
 
 def judge(row: Row, *, promised: bool) -> None:
     """Set the verdict from the row's numbers."""
     faults = []
-    if row.spill_bytes or row.mix["spill"]:
+    if row.spill_bytes:
         faults.append(f"spills {row.spill_bytes} bytes")
     if row.shared_bytes > (limit := SHARED_LIMIT[row.arch]):
         faults.append(f"shared memory {row.shared_bytes} > {limit}")
@@ -196,8 +192,8 @@ def compile_case(case: Any, arch: str) -> Row:
             made = compile_triton(
                 source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
             )
-        numbers, instructions = disassemble(made.asm["cubin"])
-        row.registers, row.spill_bytes = numbers["REG"], numbers.get("STACK", 0) + numbers.get("LOCAL", 0)
+        numbers, instructions = resources(made.asm["cubin"]), Counter(PTX.findall(made.asm["ptx"]))
+        row.registers, row.spill_bytes = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
         row.shared_bytes = made.metadata.shared
         row.mix = {name: sum(n for op, n in instructions.items() if pattern.match(op)) for name, pattern in MIX.items()}
         row.tensor_cores = " ".join(sorted({op.split(".")[0] for op in instructions if TENSOR.match(op)}))
@@ -257,15 +253,15 @@ def _lost(case: Any, arch: str, why: str) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text; a case that never came to numbers shows its verdict alone."""
-    head = ["kernel", "case", "arch", "regs", "spill", "shared", "tensor", "ld128/ld", "st128/st", "async", "ffma"]
-    lines = [[*head, "mufu", "verdict"]]
+    head = ["kernel", "case", "arch", "regs", "spill", "shared", "tensor", "ld128/ld", "st128/st", "async", "fma"]
+    lines = [[*head, "special", "verdict"]]
     for row in rows:
         mix = row.mix
         tensor = f"{mix['tensor']} {row.tensor_cores}".strip() if mix else ""
         numbers = (
             [str(row.registers), str(row.spill_bytes), str(row.shared_bytes), tensor]
             + [f"{mix['ld128']}/{mix['ld']}", f"{mix['st128']}/{mix['st']}"]
-            + [str(mix[name]) for name in ("async", "ffma", "mufu")]
+            + [str(mix[name]) for name in ("async", "fma", "special")]
             if mix
             else [""] * 9
         )

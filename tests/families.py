@@ -1,7 +1,7 @@
 """Tiny random models of many families, made from their configs, to compare two ways of computing the same thing.
 
-Unlike `tiny.py` these are never saved: they have no tokenizer and take ids. Every matrix, norm weight and bias is random,
-so that a lost bias or a norm that adds one to its weight when it should not would show. Dropout is 0 unless asked for.
+Unlike `tiny.py` these are never saved: they have no tokenizer and take ids. Every matrix, norm weight and bias is
+random, so that a lost bias or a norm that wrongly adds one to its weight would show. Dropout is 0 unless asked for.
 """
 
 import copy
@@ -100,7 +100,7 @@ def make(family: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float3
     config = getattr(tf, config_name)(**(own | settings))
     for rate in RATES:
         if hasattr(config, rate):
-            setattr(config, rate, dropout)
+            setattr(config, rate, settings.get(rate, dropout))
     with torch.random.fork_rng():
         model = getattr(tf, model_name)._from_config(config)
     return randomise(model).train().to(dtype)

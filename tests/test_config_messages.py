@@ -113,7 +113,7 @@ def test_unknown_key(name: str, nearest: str) -> None:
         ("model.revision", "true", 'got true (a switch), expected text or null; quote it: revision: "true"'),
         ("device", "gpu", "got gpu (text), expected one of auto, cuda, mps, cpu; write cuda"),
         ("task", "sft", "got sft (text), expected one of causal-lm, text-classification; write causal-lm"),
-        ("kernels", "false", "got false (a switch), expected one of auto, off"),
+        ("kernels", "false", "got false (a switch), expected one of auto, triton, torch, off"),
     ],
 )
 def test_wrong_value(name: str, value: str, message: str) -> None:
@@ -151,7 +151,6 @@ def test_not_in_this_version(name: str, value: str) -> None:
 def test_not_in_this_version_says_what_there_is() -> None:
     assert said("adapter.method", "ia3").endswith("this version has lora, full, head, bitfit")
     assert said("model.quantization", "nf4").endswith("this version has none")
-    assert said("kernels", "triton").endswith("this version has auto, off")
     assert "not in this version; budget has max_usd and max_hours" in said("budget.max_kwh", "3")
 
 

@@ -90,7 +90,7 @@ def test_alignment_reaches_the_compiler():
     assert row.mix["ld128"] == 0 < row.mix["ld"]
 
 
-@pytest.mark.parametrize(("arch", "unit"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
+@pytest.mark.parametrize(("arch", "unit"), [("sm_80", "mma"), ("sm_90", "wgmma")])
 def test_tensor_cores_are_found(arch, unit):
     row = kernels_aot.compile_case(matmul(), arch)
     assert (row.verdict, row.tensor_cores) == ("ok", unit)
@@ -108,7 +108,7 @@ def test_a_refusal_fails_everywhere_but_on_turing(monkeypatch):
     def refuse(cubin):
         raise RuntimeError("no such\ninstruction")
 
-    monkeypatch.setattr(kernels_aot, "disassemble", refuse)
+    monkeypatch.setattr(kernels_aot, "resources", refuse)
     refused, failed = (kernels_aot.compile_case(double(), arch) for arch in ("sm_75", "sm_80"))
     assert (refused.verdict, refused.failed) == ("refused: RuntimeError: no such instruction", False)
     assert (failed.verdict, failed.failed) == ("FAIL: RuntimeError: no such instruction", True)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from peft_engine import exporting
 from peft_engine.adapters import files
-from peft_engine.adapters.group import plain_name
+from peft_engine.adapters.group import MemberSpec, plain_name
 from peft_engine.building import encode_splits
 from peft_engine.config import Config
 from peft_engine.data.batching import BatchPlan
@@ -664,6 +664,64 @@ def test_trap_15_an_adapter_that_fits_is_loaded(runs, method):
 
 
 # 17 — narrow weights
+
+
+@pytest.mark.parametrize("adapter", [{"targets": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_trap_16_the_fused_loss_sees_an_adapter_on_the_head(tiny_model, tmp_path, adapter):
+    """Both runs end at the same head and the same loss, fused and plain, and the head moved."""
+    plain = settings(LM, tiny_model("llama"), tmp_path, pair_rows(12), adapter=adapter | {"dropout": 0.0})
+    plain = plain.model_copy(update={"kernels": "off", "output": str(tmp_path / "plain")})
+    fused = plain.model_copy(update={"kernels": "auto", "output": str(tmp_path / "fused")})
+    found = [train(each) for each in (fused, plain)]
+    assert found[0]["kernels"]["swapped"]["linear_cross_entropy"] == 1
+    assert found[1]["kernels"] is None
+    losses = [run["metrics"]["after"]["loss"] for run in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    files_ = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("fused", "plain")]
+    heads = [name for name in files_[0] if "lm_head" in name]
+    assert heads
+    for name in heads:
+        assert files_[0][name].abs().max() > 0
+        torch.testing.assert_close(files_[0][name], files_[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_trap_27_disabled_switched_and_merged_adapters_are_honoured(tiny_model, tmp_path):
+    """A fused model gives what peft gives in every state; DPO's reference model is the disabled one."""
+    rows = pair_rows(12)
+    of = settings(LM, tiny_model("llama"), tmp_path, rows, adapter={"dropout": 0.0})
+    specs = [MemberSpec("one", 0, 0.01), MemberSpec("two", 1, 0.01)]
+    fused, plain = assemble(of, specs), assemble(of.model_copy(update={"kernels": "off"}), specs)
+    for each in (fused, plain):
+        generator = torch.Generator().manual_seed(5)
+        for name, tensor in each.group.model.named_parameters():
+            if "lora_B" in name:
+                tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    batch = fused.task.collate(fused.data["train"], np.arange(4))
+    model, other = fused.group.model, plain.group.model
+    seen = []
+
+    def same() -> None:
+        got, want = fused.task.forward(model, batch), plain.task.forward(other, batch)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert not any(torch.allclose(got, before, atol=1e-3) for before in seen), "this state changed nothing"
+        seen.append(got.detach())
+
+    same()
+    for each in (model, other):
+        each.set_adapter("two")
+    same()
+    for each in (model, other):
+        each.base_model.set_adapter(["one", "two"])
+    same()
+    with model.disable_adapter(), other.disable_adapter():
+        same()
+    both = seen[2]
+    for each in (model, other):
+        each.merge_adapter()
+    for each, task in ((model, fused.task), (other, plain.task)):
+        torch.testing.assert_close(task.forward(each, batch), both, rtol=1e-4, atol=1e-4)
+        each.unmerge_adapter()
+        torch.testing.assert_close(task.forward(each, batch), both, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _drop(dy, ctx.p, *ctx.saved_tensors, ctx.salt, ctx.triton), None, None, None, None
+        (seeds,) = ctx.saved_tensors
+        return _drop(dy, ctx.p, seeds, ctx.salt, ctx.triton), None, None, None, None
 
 
 def _drop(x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool) -> Tensor:

@@ -92,7 +92,7 @@ def _backward_torch(
 
 
 class _Again:
-    """Makes h again for the linear that reads it, and leaves act(gate) for the backward of the product, which follows."""
+    """Makes h again for the linear that reads it, and leaves act(gate) to the product's own backward, which follows."""
 
     def __init__(self, activation: Gate, triton: bool) -> None:
         self.activation, self.triton = activation, triton

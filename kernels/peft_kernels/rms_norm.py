@@ -134,7 +134,7 @@ def _torch_backward(
     rows = dy.view(-1, features)
     with torch.autocast(x.device.type, enabled=False):  # autocast would round the sums
         total = rows.sum(-1) if shifted is None else rows.mv(shifted)
-        dx.add_(total.view(rstd.shape).mul_(rstd).div_(features))
+        dx.add_(total.view(rstd.shape).mul_(rstd), alpha=1 / features)
         dw = (rows * wide_x.view(-1, features)).t().mv(rstd.view(-1)) if trained else None
     return (dx if dh is None else dx.add_(dh)).to(x.dtype), dw
 

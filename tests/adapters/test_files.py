@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_engine import using
+from peft_engine.adapters.fusing import unfuse
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError, StorageError, VerificationError
 from peft_engine.run import train
@@ -97,6 +98,7 @@ def test_a_trained_run_loads_with_equal_outputs(case: Case, tiny_model: Callable
     settings = settings_of(case, tiny_model(case.family), tmp_path)
     before = logits_of((live := assemble(settings)).group, live.task, live.data["train"])
     live.train(STEPS)
+    unfuse(live.group.model)  # fused logits may differ in their last bit
     trained = logits_of(live.group, live.task, live.data["train"])
     assert (trained - before).abs().max() > 1e-2, "nothing was trained, so any file would do"
 

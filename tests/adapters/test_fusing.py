@@ -9,11 +9,13 @@ import torch
 from families import CAUSAL, FAMILIES, InDouble, batch_of, check_same, evaluating, make, near, pair, step
 from peft import IA3Config, VeraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peft_engine.adapters.fusing import fuse, fuses_loss, row_seeds, unfuse
+from peft_engine.errors import ConfigError
 
 SHARED, ALONE, LOSS = "lora_linear, shared input", "lora_linear", "linear_cross_entropy"
-# of two layers: q, k, v and gate, up read one input; output and down projections read their own; two norms a layer and a last
+# of two layers: q, k, v and gate, up read one input, output and down projections their own; two norms each and a last
 LLAMA = {SHARED: 2 * 5, ALONE: 2 * 2, "glu": 2, "rms_norm": 2 * 2 + 1, "rope": 2, LOSS: 1}
 # q, k, v share; attention output, both dense layers are alone; a norm over the embeddings and two a layer
 BERT = {SHARED: 2 * 3, ALONE: 2 * 3, "layer_norm": 1 + 2 * 2, "activation": 2}
@@ -41,7 +43,7 @@ COUNTS: dict[str, dict[str, int]] = {
 }
 SKIPPED = {  # end of the name → the reason; all others skip nothing
     "cohere": {"self_attn": "its rotary embedding is not the one that turns halves"},
-    "mixtral": {name: "peft's ParamWrapper has no fused form" for name in ("mlp.gate", "mlp.experts")},
+    "mixtral": dict.fromkeys(("mlp.gate", "mlp.experts"), "peft's ParamWrapper has no fused form"),
 }
 
 
@@ -96,7 +98,7 @@ def test_single_precision(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert", "vit"])
 @pytest.mark.parametrize("how", ["model", "autocast"])
 def test_half_precision_errs_no_more_than_peft(family: str, how: str) -> None:
-    """Against the same model in float64: fused and plain round in different places, so each is compared with the truth."""
+    """Fused and plain round in different places, so each is compared with the same model in float64."""
     model, plain = pair(family)
     truth = copy.deepcopy(plain).double()
     if how == "model":  # as peft has it: a base in bfloat16, adapters in float32
@@ -106,8 +108,8 @@ def test_half_precision_errs_no_more_than_peft(family: str, how: str) -> None:
                 p.data = half.double() if one is truth else half
     fuse(model)
     wrong: dict[str, list[float]] = {}
-    for seed in range(3):
-        batch = batch_of(family, rows=6, seed=seed)
+    for seed in range(8):
+        batch = batch_of(family, seed=seed)
         batch = {k: v.bfloat16() if v.is_floating_point() and how == "model" else v for k, v in batch.items()}
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             ours, theirs = step(model, batch), step(plain, batch)
@@ -120,9 +122,10 @@ def test_half_precision_errs_no_more_than_peft(family: str, how: str) -> None:
                 wrong.setdefault(name, [0.0, 0.0])[place] += float(
                     (value.double() - want).norm() ** 2 / want.norm() ** 2
                 )
-    # errors are sums of many roundings: of two honest ways either may be the unluckier in one tensor, neither in most
+    # errors are sums of many roundings, and one early rounding moves all tensors of a batch: over 30 batches the fused
+    # models' errors are 0.91 to 0.98 of peft's, the ratio of a single batch varies by 8 to 19%
     fused, unfused = (torch.tensor([pair[i] for pair in wrong.values()]).sqrt() for i in (0, 1))
-    assert fused.mean() <= 1.1 * unfused.mean()
+    assert fused.mean() <= 1.15 * unfused.mean()
     assert (fused <= 2 * unfused).all(), [n for n, w in zip(wrong, (fused > 2 * unfused).tolist(), strict=True) if w]
 
 
@@ -325,3 +328,35 @@ def test_a_model_without_adapters() -> None:
     with InDouble():
         check_same(step(model, batch_of("llama")), step(plain, batch_of("llama")), 1e-9)
     assert model.lm_head.weight.grad is None
+
+
+class Dropping(nn.Module):
+    """A gated MLP that drops half of its product while it trains, with a function and not with a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x), 0.5, self.training))
+
+
+def test_a_module_that_does_something_else_in_training_is_left_alone() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(Dropping().double())
+    model = copy.deepcopy(plain)
+    fuse(model)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    want = plain(x)
+    torch.manual_seed(1)
+    near(model(x), want, 1e-12)
+
+
+def test_zero_3_is_refused() -> None:
+    model, _ = pair("llama", torch.float64)
+    next(p for n, p in model.named_parameters() if "lora_A" in n).ds_id = 7
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        fuse(model)
+    assert not fuses_loss(model)

@@ -1,6 +1,5 @@
-"""A fused model inside transformers' `Trainer` and TRL's `SFTTrainer`: the same losses, files and outputs as unfused."""
+"""A fused model inside transformers' `Trainer` and TRL's trainers: the same losses, files and outputs as unfused."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -31,31 +30,21 @@ from transformers import (
 )
 
 import peft_engine
-from peft_engine.adapters.fusing import fuses_loss, row_seeds
+from peft_engine.adapters.fusing import fuses_loss
 
 STEPS, WORDS, LENGTH = 10, 97, 11
 CLOSE = {"rtol": 1e-5, "atol": 0.0}
-DECODER = {
-    "vocab_size": WORDS,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
-}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def base(kind: str, words: int = WORDS) -> PreTrainedModel:
     """The same random model every time: "causal", "decoder" (a classifier) or "encoder" (another)."""
     torch.manual_seed(0)
-    shape = {**DECODER, "vocab_size": words}
+    shape = {**SHAPE, "vocab_size": words, "pad_token_id": 0, "initializer_range": 0.1}
     if kind == "causal":
-        return LlamaForCausalLM(LlamaConfig(**shape))
+        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
     if kind == "decoder":
-        return LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=3))
-    del shape["num_key_value_heads"]
+        return LlamaForSequenceClassification(LlamaConfig(**shape, num_key_value_heads=2, num_labels=3))
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertForSequenceClassification(BertConfig(**shape, **dropout, num_labels=3))
 
@@ -103,13 +92,10 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def metrics(prediction: Any) -> dict[str, float]:
-    """Mean and spread of all logits: no wrong row or label hides in them."""
+    """Of all logits, and of the right ones."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {
-        "mean": float(logits.mean()),
-        "spread": float(logits.std()),
-        "hits": float((logits.argmax(-1) == prediction.label_ids).mean()),
-    }
+    hits = float((logits.argmax(-1) == prediction.label_ids).mean())
+    return {"mean": float(logits.mean()), "spread": float(logits.std()), "hits": hits}
 
 
 def trainer_of(model: nn.Module, kind: str, folder: Path, cls: type[Trainer] = Trainer, **settings: Any) -> Trainer:
@@ -120,6 +106,11 @@ def trainer_of(model: nn.Module, kind: str, folder: Path, cls: type[Trainer] = T
         eval_dataset=rows(kind, 8),
         compute_metrics=metrics,
     )
+
+
+def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """By the largest of them: a logit near zero is a sum of terms that are not, and has their rounding."""
+    assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 def losses(trainer: Trainer, key: str = "loss") -> list[float]:
@@ -139,20 +130,11 @@ def test_trainer_logs_the_same_losses(kind: str, settings: dict[str, Any], tmp_p
     plain, fused = adapted(kind), adapted(kind)
     report = peft_engine.fuse(fused)
     assert report.counts()["linear_cross_entropy" if kind == "causal" else "lora_linear"] >= 1
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
     run, wanted = (
         trainer_of(m, kind, tmp_path, eval_strategy="steps", eval_steps=5, **settings) for m in (fused, plain)
     )
-    handle = fused.get_base_model().register_forward_pre_hook(count)
     run.train()
-    handle.remove()
     wanted.train()
-    assert calls == STEPS * 2 + 2 * 2  # two micro-batches a step, two evaluations of two batches
     assert run._signature_columns == wanted._signature_columns
     assert {"input_ids", "attention_mask", "labels"} <= set(run._signature_columns)
     assert len(losses(run)) == STEPS
@@ -203,49 +185,26 @@ def test_masks_are_replayed_under_checkpointing(tmp_path: Path) -> None:
     assert_close(found[0], found[1], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_named_samples_keep_their_masks_in_any_batch(checkpointing: bool) -> None:
-    """Two micro-batches, joined or one by one, give the same gradients, since a seed names a sample and not a row."""
-    batch = rows("causal", 4).with_format("torch")
-    seeds = torch.tensor([11, -7, 2**62, 5])
-    model = adapted("causal", p=0.2)
-    peft_engine.fuse(model)
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    holder = row_seeds(model)
-    assert holder is not None
-    parts: tuple[list[list[int]], ...] = ([[0, 1, 2, 3]], [[2], [3, 0], [1]])
-    found = []
-    for order in parts:
-        model.zero_grad()
-        for part in order:
-            holder.seeds = seeds[part]
-            chosen = {key: batch[key][part] for key in ("input_ids", "attention_mask", "labels")}
-            model(**chosen, num_items_in_batch=torch.tensor(20)).loss.backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
-    assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
-
-
 def test_checkpoints_resume_and_reload_into_plain_peft(tmp_path: Path) -> None:
-    def run(folder: Path, fused: bool, resume: bool, **settings: Any) -> tuple[Trainer, PeftModel]:
+    def run(fused: bool, resume: bool) -> tuple[Trainer, PeftModel]:
         model = adapted("causal")
         if fused:
             peft_engine.fuse(model)
-        trainer = trainer_of(model, "causal", folder, save_strategy="steps", save_steps=5, **settings)
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5") if resume else None)
+        trainer = trainer_of(model, "causal", tmp_path, save_strategy="steps", save_steps=5)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5") if resume else None)
         return trainer, model
 
-    whole, model = run(tmp_path / "a", True, False)
-    again, resumed = run(tmp_path / "a", True, True)  # starts at the first run's step 5
+    whole, model = run(True, False)
+    again, resumed = run(True, True)  # starts at the first run's step 5
     assert losses(again) == losses(whole)
     whole.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(base("causal"), tmp_path / "saved")
-    assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)
-    assert_close(logits(resumed), logits(model), rtol=0, atol=0)
-    assert not torch.equal(logits(loaded), logits(adapted("causal")))
+    near(logits(model), logits(loaded))
+    assert torch.equal(logits(resumed), logits(model))
+    peft_engine.unfuse(model)
+    assert torch.equal(logits(model), logits(loaded))
     # a fused run goes on unfused
-    plain, _ = run(tmp_path / "a", False, True)
+    plain, _ = run(False, True)
     assert_close(losses(plain), losses(whole), **CLOSE)
 
 
@@ -253,7 +212,7 @@ def test_reference_logits_are_the_base_models() -> None:
     """As preference losses take them: adapters off, for one call without gradients, between two training calls."""
     model, plain = adapted("causal", p=0.1), base("causal")
     peft_engine.fuse(model)
-    batch = {k: v for k, v in rows("causal", 3).with_format("torch")[:].items() if k != "note"}
+    batch = three_rows()
     model.train()
     model(**batch).loss.backward()
     before = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -261,7 +220,7 @@ def test_reference_logits_are_the_base_models() -> None:
         reference = model(**batch)
     with torch.no_grad():
         wanted = plain.train()(**batch)
-    assert_close(reference.logits, wanted.logits, rtol=1e-5, atol=1e-6)
+    near(reference.logits, wanted.logits)
     assert_close(reference.loss, wanted.loss, **CLOSE)
     with model.disable_adapter():  # with gradients, though nothing takes one: the fused loss of the base model
         assert_close(model(**batch).loss, wanted.loss, **CLOSE)
@@ -270,12 +229,15 @@ def test_reference_logits_are_the_base_models() -> None:
     assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, before, rtol=0, atol=0)
 
 
-def outputs(p: float = 0.0) -> tuple[Any, Any, PeftModel, PeftModel]:
+def three_rows() -> dict[str, torch.Tensor]:
+    return {k: v for k, v in rows("causal", 3).with_format("torch")[:].items() if k != "note"}
+
+
+def outputs() -> tuple[Any, Any, PeftModel, PeftModel]:
     """A training call of one model fused, and of another that isn't."""
-    fused, plain = adapted("causal", p), adapted("causal", p)
+    fused, plain = adapted("causal"), adapted("causal")
     peft_engine.fuse(fused)
-    batch = {k: v for k, v in rows("causal", 3).with_format("torch")[:].items() if k != "note"}
-    return fused.train()(**batch), plain.train()(**batch), fused, plain
+    return fused.train()(**three_rows()), plain.train()(**three_rows()), fused, plain
 
 
 ASK: dict[str, Callable[[Any], torch.Tensor]] = {
@@ -284,6 +246,7 @@ ASK: dict[str, Callable[[Any], torch.Tensor]] = {
     "place": lambda out: out[1],
     "slice": lambda out: out[:2][1],
     "tuple": lambda out: out.to_tuple()[1],
+    "copy": lambda out: copy.copy(out).logits,
     "get": lambda out: out.get("logits"),
 }
 
@@ -291,7 +254,7 @@ ASK: dict[str, Callable[[Any], torch.Tensor]] = {
 @pytest.mark.parametrize("way", list(ASK))
 def test_logits_asked_for_in_training_are_made(way: str) -> None:
     got, wanted, fused, plain = outputs()
-    assert_close(ASK[way](got), wanted.logits, rtol=1e-5, atol=1e-6)
+    near(ASK[way](got), wanted.logits)
     assert ASK[way](got) is ASK[way](got)  # made once
     for out in (got, wanted):  # a second loss through the logits, beside the fused one
         (out.loss + ASK[way](out).logsumexp(-1).square().mean()).backward()
@@ -313,7 +276,6 @@ def test_outputs_have_the_usual_order() -> None:
 def test_logits_survive_accelerate(mixed: str) -> None:
     """Accelerate builds the outputs anew to turn them into float32, and they are read outside of its autocast."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    batch = {k: v for k, v in rows("causal", 3).with_format("torch")[:].items() if k != "note"}
     found = []
     try:
         for fused in (True, False):
@@ -321,7 +283,7 @@ def test_logits_survive_accelerate(mixed: str) -> None:
             if fused:
                 peft_engine.fuse(model)
             prepared = Accelerator(mixed_precision=mixed, cpu=True).prepare(model)
-            out = prepared(**batch)
+            out = prepared(**three_rows())
             out.logits.square().mean().backward()
             grads = [p.grad for p in model.parameters() if p.requires_grad]
             found.append((out.logits.detach(), out["loss"].detach(), torch.cat([g.flatten() for g in grads])))
@@ -345,41 +307,40 @@ class OwnLoss(Trainer):
 def test_a_loss_of_ones_own_from_logits(tmp_path: Path) -> None:
     fused, plain = adapted("causal"), adapted("causal")
     peft_engine.fuse(fused)
-    runs = [trainer_of(m, "causal", tmp_path, cls=OwnLoss) for m in (fused, plain)]
-    for run in runs:
-        run.train()
-    assert_close(losses(runs[0]), losses(runs[1]), **CLOSE)
+    run, wanted = (trainer_of(m, "causal", tmp_path, cls=OwnLoss) for m in (fused, plain))
+    run.train(), wanted.train()
+    assert_close(losses(run), losses(wanted), **CLOSE)
 
 
 def test_a_hook_on_the_head_sees_real_logits() -> None:
     """Put there after fusing, as to record logits: then the head has to run."""
-    got, wanted, fused, plain = outputs()
+    _, wanted, fused, plain = outputs()
     seen: list[torch.Tensor] = []
     for model in (fused, plain):
         model.get_output_embeddings().register_forward_hook(lambda m, x, y: seen.append(y.detach()))
-    batch = {k: v for k, v in rows("causal", 3).with_format("torch")[:].items() if k != "note"}
-    again = fused(**batch)
-    assert_close(again.loss, wanted.loss, **CLOSE)
-    plain(**batch)
-    assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-6)
+        again = model(**three_rows())
+        assert_close(again.loss, wanted.loss, **CLOSE)
+    near(seen[0], seen[1])
 
 
 # --- TRL
 
+TOKENIZER = chatml(pad_token="<|endoftext|>")
+SIZE = len(TOKENIZER)
+
 
 def sft(model: nn.Module, folder: Path, **settings: Any) -> trl.SFTTrainer:
-    tokenizer = chatml(pad_token="<|endoftext|>")
     return trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(**arguments(folder, max_length=24, bf16=False, gradient_checkpointing=False) | settings),
         train_dataset=Dataset.from_list(pair_rows(16)),
         eval_dataset=Dataset.from_list(pair_rows(4)),
-        processing_class=tokenizer,
+        processing_class=TOKENIZER,
     )
 
 
-def vocabulary() -> int:
-    return len(chatml(pad_token="<|endoftext|>"))
+def slow(**settings: Any) -> Any:
+    return pytest.param(settings, marks=pytest.mark.slow)
 
 
 SFT_KEYS = ("loss", "entropy", "mean_token_accuracy", "eval_loss", "eval_entropy", "eval_mean_token_accuracy")
@@ -387,15 +348,14 @@ SFT_KEYS = ("loss", "entropy", "mean_token_accuracy", "eval_loss", "eval_entropy
 
 @pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_checkpointing": True}, {"label_smoothing_factor": 0.1}, {"packing": True}], ids=str
+    "settings", [{}, {"gradient_checkpointing": True}, slow(label_smoothing_factor=0.1), slow(packing=True)], ids=str
 )
 def test_sft_trainer_logs_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 5, **settings}
-    words = vocabulary()
-    plain = sft(adapted("causal", words=words), tmp_path, **settings)
+    plain = sft(adapted("causal", words=SIZE), tmp_path, **settings)
     plain.train()
     for when in ("before", "after"):
-        model = adapted("causal", words=words)
+        model = adapted("causal", words=SIZE)
         report = peft_engine.fuse(model) if when == "before" else None
         run = sft(model, tmp_path, **settings)
         if report is None:
@@ -408,35 +368,31 @@ def test_sft_trainer_logs_the_same(settings: dict[str, Any], tmp_path: Path) -> 
         for key in SFT_KEYS:
             assert len(losses(run, key)) == len(losses(plain, key)) > 0, key
             rtol = 1e-4 if "eval" in key else 1e-5
-            assert_close(
-                losses(run, key), losses(plain, key), rtol=rtol, atol=0, msg=lambda m, k=key, w=when: f"{w} {k} {m}"
-            )
+            assert_close(losses(run, key), losses(plain, key), rtol=rtol, atol=0)
 
 
 def test_unfuse_after_trl_patched_a_fused_model(tmp_path: Path) -> None:
     """TRL keeps the forward that it found, a fused one, and calls it for everything but its own loss."""
-    words = vocabulary()
-    model, plain = adapted("causal", words=words), adapted("causal", words=words)
+    model, plain = adapted("causal", words=SIZE), adapted("causal", words=SIZE)
     peft_engine.fuse(model)
     sft(model, tmp_path)
-    wanted = logits(plain, words)
-    assert_close(logits(model, words), wanted, rtol=1e-5, atol=1e-6)
+    wanted = logits(plain, SIZE)
+    near(logits(model, SIZE), wanted)
     peft_engine.unfuse(model)
-    assert_close(logits(model, words), wanted, rtol=0, atol=0)
+    assert_close(logits(model, SIZE), wanted, rtol=0, atol=0)
     peft_engine.fuse(model)
-    assert_close(logits(model, words), wanted, rtol=1e-5, atol=1e-6)
+    near(logits(model, SIZE), wanted)
 
 
 def test_sft_adapters_reload_into_plain_peft(tmp_path: Path) -> None:
-    words = vocabulary()
-    model = adapted("causal", words=words)
+    model = adapted("causal", words=SIZE)
     run = sft(model, tmp_path, save_strategy="steps", save_steps=5)
     peft_engine.fuse(model)
     run.train()
     run.save_model(str(tmp_path / "saved"))
-    loaded = PeftModel.from_pretrained(base("causal", words), tmp_path / "saved")
-    assert_close(logits(loaded, words), logits(model, words), rtol=1e-5, atol=1e-6)
-    resumed = adapted("causal", words=words)
+    loaded = PeftModel.from_pretrained(base("causal", SIZE), tmp_path / "saved")
+    near(logits(loaded, SIZE), logits(model, SIZE))
+    resumed = adapted("causal", words=SIZE)
     peft_engine.fuse(resumed)
     again = sft(resumed, tmp_path, save_strategy="no")
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -445,24 +401,20 @@ def test_sft_adapters_reload_into_plain_peft(tmp_path: Path) -> None:
 
 def test_dpo_trainer_logs_the_same(tmp_path: Path) -> None:
     """Its reference is the policy without adapters."""
-    words = vocabulary()
-    pairs = [
-        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][::-1]} for r in pair_rows(8)
-    ]
+    pairs = [{"prompt": p, "chosen": c, "rejected": c[::-1]} for p, c in map(dict.values, pair_rows(8))]
     found = []
     for fused in (False, True):
-        model = adapted("causal", words=words)
+        model = adapted("causal", words=SIZE)
         if fused:
             peft_engine.fuse(model)
         settings = arguments(tmp_path, max_steps=4, max_length=32, bf16=False, gradient_checkpointing=False)
-        with contextlib.ExitStack():
-            run = trl.DPOTrainer(
-                model=model,
-                args=trl.DPOConfig(**settings),
-                train_dataset=Dataset.from_list(copy.deepcopy(pairs)),
-                processing_class=chatml(pad_token="<|endoftext|>"),
-            )
-            run.train()
+        run = trl.DPOTrainer(
+            model=model,
+            args=trl.DPOConfig(**settings),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=TOKENIZER,
+        )
+        run.train()
         found.append({key: losses(run, key) for key in ("loss", "rewards/margins", "logps/chosen")})
     assert all(found[0].values())
     assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

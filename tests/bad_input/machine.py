@@ -97,7 +97,7 @@ CASES = {
     ),
     "no memory to train": Case(
         "train p.yaml --set data.train=t.jsonl --set training.batch_size=1500 --set training.micro_batch_size=1500 "
-        "--set evaluation.batch_size=1",
+        "--set evaluation.batch_size=1 --set kernels=off",
         4,
         ("1500 sequence(s)",),
         ("training.micro_batch_size",),

@@ -25,7 +25,8 @@ def assert_no_further_from_truth(
     Two ulps by default, not one: the interpreter truncates on fp32 → bf16, where a GPU rounds to nearest.
     """
     for place, (t, p, o) in enumerate(zip(truth, plain, ours, strict=True)):
-        assert o.shape == t.shape and o.dtype == p.dtype, f"{place}: {o.shape} {o.dtype}, wanted {t.shape} {p.dtype}"
+        got, wanted = (tuple(o.shape), o.dtype), (tuple(t.shape), p.dtype)
+        assert got == wanted, f"{place}: got {got}, wanted {wanted}"
         if not o.numel():
             continue
         worse = (o.double() - t.double()).abs() - (p.double() - t.double()).abs()

@@ -34,15 +34,16 @@ def short_of_memory(
     monkeypatch: pytest.MonkeyPatch, too_big: Callable[[Batch], bool], task: type = CausalLM, training: bool = True
 ) -> None:
     """Let forward run out of memory on some batches, in training or in evaluation."""
-    forward = task.forward
+    name = "training_loss" if training else "forward"
+    whole = getattr(task, name)
 
     def starved(self: CausalLM, model: nn.Module, batch: Batch) -> Tensor:
-        logits = forward(self, model, batch)
+        result = whole(self, model, batch)
         if model.training == training and too_big(batch):
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
-        return logits
+        return result
 
-    monkeypatch.setattr(task, "forward", starved)
+    monkeypatch.setattr(task, name, starved)
 
 
 def roomy(tiny_model: Callable[[str], Path], folder: Path, dropout: float = 0.0) -> Config:

@@ -4,17 +4,16 @@ A part is found by its type and by what it computes, never by a model's name, an
 (`module.__class__`): parameters, hooks, state dict and adapter files stay what they are.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_kernels._launch import Backend, interpreted
+from peft_kernels._launch import Backend, interpreted, tensor_core_dot, triton_installed
 
 from ...errors import ConfigError
 from . import loss, modules, probing
@@ -110,7 +109,7 @@ def _choose(model: nn.Module, backend: Backend) -> tuple[str, str]:
     if backend not in get_args(Backend):
         raise ConfigError(f"fuse: backend must be one of {', '.join(get_args(Backend))}, got {backend!r}.", "Use auto.")
     kinds = {p.device.type for p in model.parameters()}
-    installed = importlib.util.find_spec("triton") is not None
+    installed = triton_installed()
     if backend == "triton":
         if not installed or not (kinds == {"cuda"} or interpreted()):
             where = "triton is not installed" if not installed else f"the model is on {', '.join(sorted(kinds))}"
@@ -120,6 +119,8 @@ def _choose(model: nn.Module, backend: Backend) -> tuple[str, str]:
         return "triton", "asked for"
     if backend == "torch":
         return "torch", "asked for"
+    if kinds == {"cuda"} and not all(tensor_core_dot(i) for i in {p.get_device() for p in model.parameters()}):
+        return "torch", "auto: on CUDA, but Triton has no tensor-core products for GPUs before Ampere (sm_80)"
     if kinds == {"cuda"}:
         return (
             ("triton", "auto: the model is on CUDA")
@@ -158,13 +159,13 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _match(module: nn.Module, backend: Backend) -> tuple[str, Any, dict[str, Any]] | None:
+def _match(module: Any, backend: Backend) -> tuple[str, Any, dict[str, Any]] | None:
     """(op, class, what it needs), (op, reason, {}) for what can't be fused, None for what is none of our business."""
-    if isinstance(module, BaseTunerLayer):
-        if not isinstance(module, LoraLayer):
-            return "adapter", f"peft's {type(module).__name__} has no fused form", {}
-        reason = why_not(module)
+    if isinstance(module, LoraLayer):
+        reason = why_not(cast(nn.Module, module))
         return ("lora_linear", reason, {}) if reason else ("lora_linear", FusedLoraLinear, {})
+    if isinstance(module, BaseTunerLayer):
+        return "adapter", f"peft's {type(module).__name__} has no fused form", {}
     if type(module) is nn.Dropout:
         return ("dropout", modules.subclass(nn.Dropout, modules.DropoutForward), {}) if 0 < module.p < 1 else None
     if type(module) is nn.LayerNorm:

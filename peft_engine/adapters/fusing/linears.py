@@ -21,8 +21,8 @@ from .state import ATTRIBUTE, hooked, state_of
 class SharedInput:
     """Siblings that their parent calls with one x. The first one called computes all; the others take theirs.
 
-    The parent's source says that they get the same variable; that it is the same tensor, in the same mode, is checked at
-    every call. What does not fit is computed by itself. Nothing is shared outside of one call of the parent.
+    The parent's source says that they get the same variable; that it is the same tensor, in the same mode, is checked
+    at every call. What does not fit is computed by itself. Nothing is shared outside of one call of the parent.
     """
 
     members: list[nn.Module]
@@ -116,7 +116,7 @@ class FusedLoraLinear(PeftLinear):
         base: Any = self.get_base_layer()
         if self.disable_adapters or self.merged or base.weight.requires_grad or not self._free_of_hooks():
             return None
-        pairs = []
+        pairs: list[Adapter] = []
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue
@@ -146,7 +146,8 @@ class FusedLoraLinear(PeftLinear):
         if not state.extra.get("warned"):
             state.extra["warned"] = True
             warnings.warn(
-                f"peft_engine.fuse: a part of {state.extra['name']} got hooks after it was fused; it runs unfused, as peft does.",
+                f"peft_engine.fuse: a part of {state.extra['name']} got hooks after it was fused; "
+                "it runs unfused, as peft does.",
                 stacklevel=3,
             )
         return False
@@ -161,10 +162,12 @@ class FusedLoraLinear(PeftLinear):
     def _dora(self, x: Tensor, name: str) -> Tensor:
         """y = b + g ⊙ (x·Wᵀ + s·S·Bᵀ) with g = magnitude / ‖W + s·B·A‖; with dropout W's own product keeps the whole x
         beside (g - 1) times that of the dropped x, as in peft (Liu et al. 2024, eq. 5 and section 4.3)."""
-        state, base = state_of(self), self.get_base_layer()
+        state = state_of(self)
+        base: Any = self.get_base_layer()
+        scales: Any = self.lora_magnitude_vector[name]
         pair, transposed = self._pair(name, 0), isinstance(base, Conv1D)
         assert pair is not None
-        magnitude = self.lora_magnitude_vector[name].weight
+        magnitude = scales.weight
         norm = weight_norm(base.weight, pair.A, pair.B, pair.scale, transposed=transposed)
         if pair.p == 0:
             z = lora_linear(x, Projection(base.weight, None, (pair,), transposed), backend=state.backend)

@@ -8,7 +8,7 @@ transformers' own for causal LMs, labels are given, and the model trains; everyw
 import ast
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from peft_kernels.linear_cross_entropy import HeadAdapter, linear_cross_entropy
 
 from .linears import FusedLoraLinear, rate_of
 from .reading import attribute_of_self, forward_tree, value_of
-from .state import hooked, original_class, state_of
+from .state import hooked, once_each, original_class, state_of
 
 IGNORED = -100
 
@@ -59,7 +59,7 @@ def read_logits(model: nn.Module) -> Logits | str:
         if name is not None:
             head = name
         elif "final_logit_softcapping" in ast.unparse(node) or "tanh(logits)" in ast.unparse(node):
-            softcap = getattr(model.config, "final_logit_softcapping", None)  # type: ignore[union-attr]
+            softcap = getattr(model.config, "final_logit_softcapping", None)
             if softcap is None and "final_logit_softcapping" not in ast.unparse(tree):
                 return f"its logits go through {ast.unparse(node.value)} before the loss"
         else:
@@ -158,7 +158,7 @@ class LazyLogits:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "logits" and value is not None:
-            OrderedDict.__setitem__(self, name, value)  # type: ignore[type-var]
+            OrderedDict.__setitem__(self, name, value)  # type: ignore[index]
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -171,16 +171,17 @@ class LazyLogits:
         return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # type: ignore[operator]
+        held: Any = self
+        return held[key] if key in held else default  # noqa: SIM401 (this is `get`)
 
 
 _LATER = "_peft_engine_logits"
 
 
-@lru_cache(maxsize=64)
+@once_each
 def _with_lazy_logits(cls: type) -> type:
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    names["__dataclass_fields__"] = {n: f for n, f in cls.__dataclass_fields__.items() if n != "logits"}  # type: ignore[attr-defined]
+    others = {f.name: f for f in fields(cls) if f.name != "logits"}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__dataclass_fields__": others}
     return type(cls.__name__, (LazyLogits, cls), names)
 
 
@@ -195,34 +196,26 @@ class CausalLossForward:
         if not _applies(model, head, kwargs):
             return super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
         note: list[Tensor] = []
+        given = model.__dict__.get("_loss_function")
         head.__dict__["_peft_engine_handover"] = note
+        # the model's own forward calls its loss, so that terms it adds (the balance of experts) and arguments stay its
+        model.__dict__["_loss_function"] = partial(self._loss, head, note)
         try:
             output = super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
         finally:
-            del head.__dict__["_peft_engine_handover"]
+            del head.__dict__["_peft_engine_handover"], model.__dict__["_loss_function"]
+            if given is not None:
+                model.__dict__["_loss_function"] = given
         kind = note[0].device.type
         autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         setattr(output.logits, _LATER, LogitsLater(model, note[0], autocast))
         output.__class__ = _with_lazy_logits(type(output))
         return output
 
-    @property
-    def loss_function(self) -> Any:
-        """What the model's own forward calls: the fused loss once its head has handed over, else what it always was.
-        Terms that the forward adds to its loss (the balance of experts) stay."""
-        model: Any = self
-        head = model.get_submodule(state_of(model).extra["logits"].head)
-        note: list[Tensor] | None = head.__dict__.get("_peft_engine_handover")
-        return partial(self._loss, head, note[0]) if note else super().loss_function  # type: ignore[misc]
-
-    @loss_function.setter
-    def loss_function(self, value: Any) -> None:
-        self._loss_function = value
-
     def _loss(
         self,
         head: nn.Module,
-        hidden: Tensor,
+        note: list[Tensor],
         logits: Tensor,
         labels: Tensor,
         vocab_size: int | None = None,
@@ -233,6 +226,7 @@ class CausalLossForward:
     ) -> Tensor:
         """Cross-entropy as transformers' ForCausalLMLoss reduces it: the mean, or the sum over `num_items_in_batch`."""
         model: Any = self
+        hidden = note[0]
         shifted = (
             nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
         )
@@ -262,7 +256,8 @@ def head_parts(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None, 
     """Weight, bias and adapters of a head as it computes now."""
     if isinstance(head, ModulesToSaveWrapper):
         active = head.active_adapters[0] if head.active_adapters and not head.disable_adapters else ""
-        head = head.modules_to_save[active] if active in head.modules_to_save else head.original_module
+        copies = head.modules_to_save
+        head = copies[active] if active in copies else head.original_module  # noqa: SIM401 (a ModuleDict has no get)
     if not isinstance(head, PeftLinear):
         return head.weight, head.bias, []  # type: ignore[return-value]
     base: Any = head.get_base_layer()
@@ -280,7 +275,8 @@ def head_parts(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None, 
                 -1, hidden.shape[-1]
             )
         up: Any = head.lora_B[name]
-        adapters.append(HeadAdapter(head.lora_A[name].weight, up.weight, float(head.scaling[name]), own))
+        low: Any = head.lora_A[name]
+        adapters.append(HeadAdapter(low.weight, up.weight, float(head.scaling[name]), own))
     return base.weight, base.bias, adapters
 
 
@@ -295,7 +291,7 @@ def _applies(model: Any, head: Any, kwargs: dict[str, Any]) -> bool:
     if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
         return False
     # a head that peft put in place after fusing hands nothing over; a hook on a head needs its call
-    return isinstance(head, Handover) and not hooked(head) and head_refusal(head) is None
+    return not hooked(head) and head_refusal(head) is None and isinstance(head, Handover)
 
 
 def head_refusal(head: nn.Module) -> str | None:

@@ -6,7 +6,6 @@ Each keeps its own children and parameters, so that adapters, hooks and state di
 import inspect
 import types
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from peft_kernels.rms_norm import rms_norm
 from peft_kernels.rope import rope
 
 from .probing import is_half_rotation
-from .state import ATTRIBUTE, hooked, original_class, state_of
+from .state import ATTRIBUTE, hooked, once_each, original_class, state_of
 
 ROTATION = "apply_rotary_pos_emb"
 
@@ -38,6 +37,8 @@ class DropoutForward:
 class LayerNormForward:
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
+        if hooked(module):  # its weight may be there only now (FSDP), and who makes y again would read freed memory
+            return super().forward(x)  # type: ignore[misc]
         if _autocast_widens(x):
             x = x.float()
         if module.weight is not None and module.weight.dtype != x.dtype:
@@ -48,6 +49,8 @@ class LayerNormForward:
 class RMSNormForward:
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
+        if hooked(module):  # as above
+            return super().forward(x)  # type: ignore[misc]
         state = state_of(module)
         if isinstance(module, nn.RMSNorm) and _autocast_widens(x):
             x = x.float()
@@ -81,7 +84,7 @@ def _autocast_widens(x: Tensor) -> bool:
     return x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16)
 
 
-@lru_cache(maxsize=256)
+@once_each
 def subclass(cls: type[nn.Module], mixin: Any) -> type[nn.Module]:
     """`cls` with the mixin's forward, under its own name and signature: transformers and Accelerate look at both."""
 
@@ -117,7 +120,7 @@ def calls_rotation(module: nn.Module) -> bool:
     return code is not None and any("rotary_pos_emb" in name for name in code.co_names)
 
 
-@lru_cache(maxsize=64)
+@once_each
 def _rotary(cls: type[nn.Module], backend: Backend) -> type[nn.Module]:
     forward: Any = cls.forward
     plain: Callable[..., Any] = forward.__globals__[ROTATION]

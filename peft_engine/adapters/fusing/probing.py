@@ -26,7 +26,7 @@ ROWS = 100  # enough for a dropout of 1% to show
 
 
 def _probe(module: nn.Module, **parts: Any) -> nn.Module:
-    """An object of the module's own class and settings, with `parts` for its children and parameters, in eval mode."""
+    """An object of the module's own class and settings, with `parts` for its children and parameters."""
     probe: nn.Module = object.__new__(original_class(module))
     nn.Module.__init__(probe)
     own = set(probe.__dict__)
@@ -35,7 +35,7 @@ def _probe(module: nn.Module, **parts: Any) -> nn.Module:
     )
     for name, part in parts.items():
         setattr(probe, name, part)
-    return probe.eval()
+    return probe  # in training mode: what drops or adds noise then does not equal the formula
 
 
 def _gives(module: nn.Module, *inputs: Tensor) -> Tensor | None:
@@ -55,7 +55,7 @@ def _random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def activation_kind(module: Any) -> str | None:
     """Which activation of `peft_kernels.activation` a module or function is: equal to 1e-12 on a grid."""
-    if isinstance(module, nn.Module) and (list(module.parameters()) or list(module.children())):
+    if isinstance(module, nn.Module) and (any(True for _ in module.parameters()) or module._modules):
         return None
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
     call: Any = _probe(module) if isinstance(module, nn.Module) else module
@@ -77,7 +77,7 @@ def _called(function: Callable[..., Any], x: Tensor) -> Tensor | None:
 
 def rms_norm_settings(module: nn.Module) -> dict[str, Any] | None:
     """eps, offset and cast with which `peft_kernels.rms_norm` equals this module, None where it doesn't."""
-    if list(module.children()) or list(module.buffers()):
+    if module._modules or module._buffers:
         return None
     tensors = dict(module.named_parameters(recurse=False))
     eps = next(
@@ -91,7 +91,7 @@ def rms_norm_settings(module: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def _is_rms_norm(module: nn.Module, weighted: bool, eps: float, offset: float, cast: str, dtype: torch.dtype) -> bool:
+def _is_rms_norm(module: nn.Module, weighted: bool, eps: float, offset: float, cast: Any, dtype: torch.dtype) -> bool:
     x, weight = _random(64, WIDTH, dtype=dtype), _random(WIDTH, dtype=dtype)
     probe = _probe(module, **({"weight": nn.Parameter(weight)} if weighted else {}))
     if isinstance(probe, nn.RMSNorm):
@@ -105,7 +105,7 @@ def _is_rms_norm(module: nn.Module, weighted: bool, eps: float, offset: float, c
 
 
 def gated_mlp(module: nn.Module) -> dict[str, str] | None:
-    """Names of gate, up, down and the kind of activation, where down(act(gate(x)) * up(x)) is what the module computes."""
+    """Names of gate, up, down and the activation's kind, where the module computes down(act(gate(x)) * up(x))."""
     children = dict(module.named_children())
     acts = {n: activation_kind(m) for n, m in children.items() if activation_kind(m) in ACTIVATIONS}
     linears = [n for n in children if n not in acts]
@@ -116,7 +116,7 @@ def gated_mlp(module: nn.Module) -> dict[str, str] | None:
         if acts
         else next((activation_kind(v) for k, v in module.__dict__.items() if isinstance(v, types.FunctionType)), None)
     )
-    kind = next(iter(acts.values()), loose)
+    kind: Any = next(iter(acts.values()), loose)
     if kind not in ACTIVATIONS:
         return None
     for gate, up, down in _orders(linears):
@@ -136,8 +136,7 @@ def packed_mlp(module: nn.Module) -> dict[str, str] | None:
     linears = [n for n in children if n not in acts]
     if len(linears) != 2 or len(acts) != 1 or any(not _linear_like(children[n]) for n in linears):
         return None
-    kind = next(iter(acts.values()))
-    assert kind is not None
+    kind: Any = next(iter(acts.values()))
     for packed, down in (linears, linears[::-1]):
         parts = {packed: _linear(5, 14, 0), down: _linear(7, 5, 2)}
         x = _random(ROWS, 5)

@@ -3,13 +3,14 @@
 import ast
 import inspect
 import textwrap
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
+from .state import once_each
 
-@lru_cache(maxsize=256)
+
+@once_each
 def forward_tree(cls: type[nn.Module]) -> ast.FunctionDef | None:
     """The syntax tree of `cls.forward`, decorators looked through; None where there is no source."""
     try:
@@ -34,7 +35,7 @@ def _calls_and_stores(block: list[ast.stmt]) -> list[tuple[tuple[int, int], str,
     return sorted(events)
 
 
-@lru_cache(maxsize=256)
+@once_each
 def shared_inputs(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """Names of children that `cls.forward` calls with one and the same variable, in order of the calls.
 

@@ -1,8 +1,10 @@
 """What a fused module remembers, and the names of its dropout masks."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from peft_kernels._launch import Backend
 
 ATTRIBUTE = "_peft_engine_fused"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -48,6 +52,11 @@ class Fused:
     rows: RowSeeds
     salt: int
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def once_each(function: Callable[P, R]) -> Callable[P, R]:
+    """Remember results by arguments; a type of its own because type checkers take classes of modules for unhashable."""
+    return cast(Callable[P, R], cache(function))
 
 
 def salt_of(name: str) -> int:
