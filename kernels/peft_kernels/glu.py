@@ -123,7 +123,8 @@ class _Glu(torch.autograd.Function):
         if again.triton:
             _, dgate, dup = _backward_op(dh, gate, up, again.activation, False)
         else:
-            _, dgate, dup = _backward_torch(dh, gate, up, again.activation, want_h=False, value=again.take())
+            value = None if torch.compiler.is_compiling() else again.take()
+            _, dgate, dup = _backward_torch(dh, gate, up, again.activation, want_h=False, value=value)
         return dgate, dup, None
 
 

@@ -66,7 +66,8 @@ def test_checkpointing_replays_the_same_masks(tiny_model, tmp_path):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_triton_asked_for_on_a_cpu_is_refused(tiny_model, tmp_path):
+def test_triton_asked_for_on_a_cpu_is_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     settings = small(tiny_model("llama"), tmp_path).model_copy(update={"kernels": "triton"})
     with pytest.raises(ConfigError, match=r"backend 'triton' needs a model on CUDA.*the model is on cpu"):
         train(settings)

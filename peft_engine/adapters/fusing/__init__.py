@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from . import loss, modules, probing
 from .linears import FusedLoraLinear, SharedInput, SharingForward, why_not
 from .reading import shared_inputs
-from .state import ATTRIBUTE, Fused, RowSeeds, give_back, hooked, original_class, salt_of, state_of, swap
+from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
 
 __all__ = ["FuseReport", "RowSeeds", "fuse", "fuses_loss", "row_seeds", "unfuse"]
 
@@ -88,7 +88,18 @@ def fuse(model: nn.Module, backend: Backend = "auto") -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every module of the model its own class back."""
+    """Give every module of the model its own class back.
+
+    Raises:
+        ConfigError: another library changed the class of a fused module since; nothing is touched then.
+    """
+    for name, module in model.named_modules():
+        if ATTRIBUTE in module.__dict__ and changed_since(module):
+            raise ConfigError(
+                f"unfuse: {name or 'the model'} became a {type(module).__name__} after it was fused "
+                "(fully_shard does that), and would lose what it got.",
+                "Unfuse before sharding, or leave it fused.",
+            )
     for module in model.modules():
         module.__dict__.pop("_peft_engine_handover", None)
         if ATTRIBUTE in module.__dict__:
@@ -215,7 +226,7 @@ def _share_inputs(name: str, parent: nn.Module, backend: Backend, rows: RowSeeds
             state_of(member).extra["group"] = group
             report.swapped[f"{name}.{child}" if name else child] = "lora_linear, shared input"
     if ATTRIBUTE in parent.__dict__ and "groups" in state_of(parent).extra:
-        parent.__class__ = modules.subclass(type(parent), SharingForward)
+        swap(parent, modules.subclass(type(parent), SharingForward), state_of(parent))
 
 
 def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: FuseReport) -> None:
@@ -238,7 +249,7 @@ def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: 
         report.skipped[label] = reason
         return
     if ATTRIBUTE in head.__dict__:
-        head.__class__ = modules.subclass(type(head), loss.Handover)
+        swap(head, modules.subclass(type(head), loss.Handover), state_of(head))
     else:
         swap(head, modules.subclass(original_class(head), loss.Handover), Fused(type(head), "head", backend, rows, 0))
     state = Fused(original_class(model), "linear_cross_entropy", backend, rows, salt_of(label), {"logits": logits})

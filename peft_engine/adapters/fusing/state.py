@@ -44,6 +44,7 @@ class Fused:
         op: what it runs now, as the report names it.
         salt: of its dropout masks, from its name.
         extra: what only some kinds of module need.
+        given: the class that `swap` gave.
     """
 
     original: type[nn.Module]
@@ -52,6 +53,7 @@ class Fused:
     rows: RowSeeds
     salt: int
     extra: dict[str, Any] = field(default_factory=dict)
+    given: type[nn.Module] | None = None
 
 
 def once_each(function: Callable[P, R]) -> Callable[P, R]:
@@ -78,7 +80,13 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def swap(module: nn.Module, cls: type[nn.Module], state: Fused) -> None:
     """Give this instance another class. Its hooks, parameters and `forward` set by others stay."""
     module.__dict__[ATTRIBUTE] = state
+    state.given = cls
     module.__class__ = cls
+
+
+def changed_since(module: nn.Module) -> bool:
+    """Whether somebody gave a fused module yet another class (FSDP2 does), so that it can't be given back its own."""
+    return type(module) is not state_of(module).given
 
 
 def give_back(module: nn.Module) -> None:
