@@ -6,51 +6,19 @@ from typing import Any
 import pytest
 import torch
 from families import InDouble, batch_of, check_same, evaluating, near, pair, shake, step
+from injected import holder, inject
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from peft_engine.adapters.fusing import RowSeeds, fuse, row_seeds
+from peft_engine.adapters.fusing import fuse
 from peft_engine.adapters.fusing.linears import FusedLoraLinear
 from peft_engine.adapters.fusing.state import state_of
-from peft_kernels.dropout import keep_mask, keep_rate
+from peft_kernels.dropout import keep_mask
 
 P = 0.1
 SEEDS = torch.tensor([11, -(2**62), 2**63 - 1])
 # dropout inside attention is a function's, in fused and plain models alike, and is left out here
 BERT = {"dropout": P, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0}
-
-
-class Injected(nn.Module):
-    """Dropout with the mask that a fused layer of this salt draws."""
-
-    def __init__(self, p: float, salt: int, rows: RowSeeds) -> None:
-        super().__init__()
-        self.p, self.salt, self.rows = p, salt, rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        assert self.rows.seeds is not None
-        return x * keep_mask(x, self.p, self.rows.seeds, self.salt, backend="torch") / keep_rate(self.p, False)
-
-
-def holder(model: nn.Module) -> RowSeeds:
-    found = row_seeds(model)
-    assert found is not None
-    return found
-
-
-def inject(model: Any, plain: Any) -> None:
-    """Give the plain twin of a fused model the masks of each of its dropout modules."""
-    rows = holder(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FusedLoraLinear):
-            held: Any = plain.get_submodule(name).lora_dropout
-            for place, adapter in enumerate(n for n in module.active_adapters if n in module.lora_A):
-                held[adapter] = Injected(held[adapter].p, state_of(module).salt + place, rows)
-        elif type(module).__name__ == "Dropout" and hasattr(module, "_peft_engine_fused"):
-            plain.set_submodule(name, Injected(module.p, state_of(module).salt, rows))
-    plain.train(plain.training)
 
 
 def twins(family: str, dtype: torch.dtype = torch.float64, **lora: Any) -> tuple[Any, Any]:
