@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from peft_kernels._launch import Backend, interpreted, tensor_core_dot, triton_installed
 
 from ...errors import ConfigError
-from . import loss, modules, probing
+from . import attention, loss, modules, probing
 from .linears import FusedLoraLinear, SharedInput, SharingForward, why_not
 from .reading import shared_inputs
 from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
@@ -190,9 +190,9 @@ def _match(module: Any, backend: Backend) -> tuple[str, Any, dict[str, Any]] | N
                 return op, "hooks stand on its activation", {}
             key = {"rms_norm": "settings", "activation": "kind"}.get(op, "parts")
             return op, modules.subclass(original_class(module), mixin), {key: settings}
-    if modules.calls_rotation(module):
-        cls = modules.rotary_class(module, backend)
-        return "rope", cls or "its rotary embedding is not the one that turns halves", {}
+    found = attention.attention_class(module, backend)
+    if found is not None:
+        return (*found, {})
     return None
 
 

@@ -1,28 +1,21 @@
-"""Norms, activations, gated MLPs, dropout and rotary attention: subclasses that run `peft_kernels` ops instead.
+"""Norms, activations, gated MLPs and dropout: subclasses that run `peft_kernels` ops instead.
 
 Each keeps its own children and parameters, so that adapters, hooks and state dicts see the module they know.
 """
 
 import inspect
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_kernels._launch import Backend
 from peft_kernels.activation import activate
 from peft_kernels.dropout import dropout
 from peft_kernels.glu import glu
 from peft_kernels.layer_norm import layer_norm
 from peft_kernels.rms_norm import rms_norm
-from peft_kernels.rope import rope
 
-from .probing import is_half_rotation
-from .state import ATTRIBUTE, hooked, once_each, original_class, state_of
-
-ROTATION = "apply_rotary_pos_emb"
+from .state import ATTRIBUTE, hooked, once_each, state_of
 
 
 class DropoutForward:
@@ -96,55 +89,3 @@ def subclass(cls: type[nn.Module], mixin: Any) -> type[nn.Module]:
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (mixin, cls), names)
-
-
-def rotary_class(module: nn.Module, backend: Backend) -> type[nn.Module] | None:
-    """The attention's class with its own forward, in which the rotation is the fused one; None where it has none.
-
-    transformers' attention calls a function of its module. The subclass runs the same code with another value for that
-    one name, after the function was found to rotate halves as ours does; the library itself is left alone.
-    """
-    cls = original_class(module)
-    forward = cls.forward
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
-        return None
-    rotation = forward.__globals__.get(ROTATION)
-    if rotation is None or ROTATION not in forward.__code__.co_names or not is_half_rotation(rotation):
-        return None
-    return _rotary(cls, backend)
-
-
-def calls_rotation(module: nn.Module) -> bool:
-    """Whether a module's forward rotates queries and keys."""
-    code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None)
-    return code is not None and any("rotary_pos_emb" in name for name in code.co_names)
-
-
-@once_each
-def _rotary(cls: type[nn.Module], backend: Backend) -> type[nn.Module]:
-    forward: Any = cls.forward
-    plain: Callable[..., Any] = forward.__globals__[ROTATION]
-
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if unsqueeze_dim != 1 or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad or sin.requires_grad:
-            result: tuple[Tensor, Tensor] = plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-            return result
-        return rope(q, k, cos, sin, backend=backend)
-
-    own = types.FunctionType(
-        forward.__code__,
-        {**forward.__globals__, ROTATION: rotate},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
-
-    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler looks names up in the module, and fuses the rotation itself
-            return forward(self, *args, **kwargs)
-        return own(self, *args, **kwargs)
-
-    fused.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    names = {"forward": fused, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), names)
