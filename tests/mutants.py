@@ -61,12 +61,12 @@ class Removal:
 R = Removal
 REMOVALS = (
     # 1: every micro-batch has a mean of its own; rows for tokens; means in place of sums
-    R("01", "training/step.py", "loss = task.loss(logits, batch) / units",
-      'loss = task.loss(logits, batch) / (batch["labels"][:, 1:] != -100).sum() / len(micro_batches)',
+    R("01", "training/step.py", "loss = task.training_loss(group.model, batch) / units",
+      'loss = task.training_loss(group.model, batch) / (batch["labels"][:, 1:] != -100).sum() / len(micro_batches)',
       "accumulation_equals_one_big_batch"),
     R("01", "training/loop.py", "units = int(self.data.units[rows].sum())", "units = len(rows)",
       "loss_is_the_mean_over_all_supervised_tokens"),
-    R("01", "tasks/causal_lm.py", 'ignore_index=IGNORED, reduction="sum")', 'ignore_index=IGNORED, reduction="mean")',
+    R("01", "tasks/causal_lm.py", "use_cache=False, num_items_in_batch=1).loss", "use_cache=False).loss",
       "accumulation_equals_one_big_batch"),
     R("01", "tasks/text_classification.py", 'F.cross_entropy(logits, batch["label"], reduction="sum")',
       'F.cross_entropy(logits, batch["label"], reduction="mean")', "uneven_micro_batches_of_a_classifier"),
@@ -172,6 +172,16 @@ REMOVALS = (
     R("15", "adapters/files.py", "refuse_difference(member.tensors, tensors, str(folder / WEIGHTS))", "pass",
       "an_adapter_that_does_not_fit_is_refused"),
     # 17
+    # 16: no adapter on the head; the pretrained head for the trained copy
+    R("16", "adapters/fusing/loss.py", "return base.weight, base.bias, adapters", "return base.weight, base.bias, []",
+      "the_fused_loss_sees_an_adapter_on_the_head"),
+    R("16", "adapters/fusing/loss.py", "copies[active] if active in copies else head.original_module",
+      "head.original_module", "the_fused_loss_sees_an_adapter_on_the_head"),
+    # 27: every adapter for the active ones; disabled and merged ones run
+    R("27", "adapters/fusing/linears.py", "        for name in self.active_adapters:", "        for name in self.lora_A:",
+      "disabled_switched_and_merged_adapters_are_honoured"),
+    R("27", "adapters/fusing/linears.py", "if name not in self.lora_A:", "if name != self.active_adapters[0]:",
+      "disabled_switched_and_merged_adapters_are_honoured"),
     R("17", "adapters/lora.py", "tensor.data = tensor.data.float()", "pass",
       "small_updates_of_a_bf16_backbone_are_kept"),
     R("17", "adapters/methods.py", "parameter.data = parameter.data.float()", "pass",
