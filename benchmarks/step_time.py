@@ -143,6 +143,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--profile", action="store_true", help="also print where the last side's step goes")
+    parser.add_argument("--out", help="also write the result to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -155,7 +156,15 @@ def main() -> None:
             side.losses.append(answer["loss"])
             if turn >= 2:  # two to warm up
                 side.seconds.append(answer["seconds"])
-    result: dict[str, Any] = {"arguments": {k: v for k, v in vars(args).items() if k != "side"}}
+    from peft_engine.runtime import hardware, versions
+
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python benchmarks/step_time.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": versions(),
+        "arguments": {k: v for k, v in vars(args).items() if k != "side"},
+    }
     for side in sides:
         result[side.name] = {
             "step_seconds": statistics.median(side.seconds),
@@ -174,7 +183,10 @@ def main() -> None:
             }
     if args.profile:
         sides[-1].ask("profile")
-    print(json.dumps(result, indent=1))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

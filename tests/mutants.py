@@ -178,7 +178,8 @@ REMOVALS = (
     R("16", "adapters/fusing/loss.py", "copies[active] if active in copies else head.original_module",
       "head.original_module", "the_fused_loss_sees_an_adapter_on_the_head"),
     # 27: every adapter for the active ones; disabled and merged ones run
-    R("27", "adapters/fusing/linears.py", "        for name in self.active_adapters:", "        for name in self.lora_A:",
+    R("27", "adapters/fusing/linears.py", "        for name in self.active_adapters:",
+      "        for name in self.lora_A:",
       "disabled_switched_and_merged_adapters_are_honoured"),
     R("27", "adapters/fusing/linears.py", "if name not in self.lora_A:", "if name != self.active_adapters[0]:",
       "disabled_switched_and_merged_adapters_are_honoured"),

@@ -13,7 +13,7 @@ numbers are drawn: about a tenth of the time of `F.dropout` at p = 0.05.
 """
 
 import math
-from functools import lru_cache
+import threading
 from typing import Any
 
 import torch
@@ -46,9 +46,15 @@ def draws(size: int, p: float) -> int:
     return count + count % 2
 
 
-@lru_cache(maxsize=8)
+_generators = threading.local()
+
+
 def _generator(device: str) -> torch.Generator:
-    return torch.Generator(device=device)
+    """One a thread and device, seeded anew for every sample."""
+    if device not in _generators.__dict__:
+        _generators.__dict__[device] = torch.Generator(device=device)
+    found: torch.Generator = _generators.__dict__[device]
+    return found
 
 
 def dropped(seeds: Tensor, salt: int, size: int, p: float) -> Tensor:
@@ -153,10 +159,13 @@ class _Dropout(torch.autograd.Function):
 def _drop(x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool) -> Tensor:
     if triton:
         return _triton_dropout(x, seeds, salt, p)
-    buffer = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
-    out = torch.mul(x, 1 / keep_rate(p, triton), out=buffer[:-1].view(x.shape))
-    buffer.index_fill_(0, dropped(seeds, salt, _sample_size(x, seeds), p), 0)
-    return out
+    out = torch.mul(x, 1 / keep_rate(p, triton), out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    places = dropped(seeds, salt, _sample_size(x, seeds), p)
+    if type(out) is Tensor and not torch.compiler.is_compiling():
+        out.view(-1).index_fill_(0, places[places < out.numel()], 0)
+        return out
+    whole = torch.cat([out.view(-1), out.new_zeros(1)]).index_fill_(0, places, 0)  # shapes known before the draw
+    return whole[:-1].view(x.shape).clone()
 
 
 def _sample_size(x: Tensor, seeds: Tensor) -> int:

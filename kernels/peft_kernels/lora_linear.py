@@ -163,7 +163,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx.plan, ctx.shape, ctx.dtype, ctx.count = plan, x.shape, x.dtype, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if reads_x and plan.recipe is None else None, *tensors, *sketches)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return tuple(outputs)  # in two dimensions: a view made in here could not be changed in place by its reader
 
     @staticmethod
     @once_differentiable
@@ -278,8 +278,9 @@ def lora_linears(
     if x.dtype == torch.float64:
         dtype = None  # autocast leaves float64 alone
     layout = _lay_out(tuple(settings), len(recipe.inputs) if recipe else 0)
-    outputs: tuple[Tensor, ...] = _LoraLinears.apply(_Plan(layout, recipe, dtype, use_triton(x, backend)), x, *tensors)
-    return outputs
+    plan = _Plan(layout, recipe, dtype, use_triton(x, backend))
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(plan, x, *tensors)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def lora_linear(x: Tensor, projection: Projection, seeds: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:

@@ -21,19 +21,24 @@ class Recipe:
         make: gives the tensor again from `inputs`, bit for bit; called without autograd.
         inputs: detached tensors; their version counters are those of the originals, so that a change in place is
             refused by autograd and not computed with.
+        version: of the tensor itself when it was made; one that was changed in place since can't be made again.
     """
 
     make: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
+    version: int
 
 
 def remember(y: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Note on `y` that `make(*inputs)` gives it again. Returns `y`. Compiled graphs plan recomputation themselves."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        setattr(y, _ATTRIBUTE, Recipe(make, tuple(t.detach() for t in inputs)))
+        setattr(y, _ATTRIBUTE, Recipe(make, tuple(t.detach() for t in inputs), y._version))
     return y
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
     """How to make `x` again, None where it must be saved."""
-    return None if torch.compiler.is_compiling() else getattr(x, _ATTRIBUTE, None)
+    if torch.compiler.is_compiling():
+        return None
+    found: Recipe | None = getattr(x, _ATTRIBUTE, None)
+    return found if found is not None and found.version == x._version else None

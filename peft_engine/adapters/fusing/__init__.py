@@ -101,7 +101,6 @@ def unfuse(model: nn.Module) -> None:
                 "Unfuse before sharding, or leave it fused.",
             )
     for module in model.modules():
-        module.__dict__.pop("_peft_engine_handover", None)
         if ATTRIBUTE in module.__dict__:
             give_back(module)
 

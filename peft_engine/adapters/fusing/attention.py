@@ -73,7 +73,8 @@ def _attention(cls: type[nn.Module], backend: Backend) -> type[nn.Module]:
 def _rotate(
     plain: Any, backend: Backend, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    if unsqueeze_dim != 1 or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad or sin.requires_grad:
+    partial_ = cos.shape[-1] != q.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]
+    if unsqueeze_dim != 1 or q.dim() != 4 or cos.dim() != 3 or cos.requires_grad or sin.requires_grad or partial_:
         rotated: tuple[Tensor, Tensor] = plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return rotated
     return rope(q, k, cos, sin, backend=backend)
@@ -140,7 +141,7 @@ def attend(
         scores = scores + attention_mask
     # a row that may look nowhere gets zeros, as in torch's own attention
     probabilities = torch.ops.aten._safe_softmax(scores, -1) if _blind(attention_mask) else scores.softmax(-1)
-    kept = drop(probabilities, dropout, state.rows.of(query), state.salt, backend=state.backend)
+    kept = drop(probabilities, dropout, state.rows.of(query, state.salt), state.salt, backend=state.backend)
     return torch.matmul(kept, value.to(kept.dtype)).transpose(1, 2).contiguous(), None
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from peft_kernels.lora_linear import Adapter, Projection, lora_linear, lora_line
 from .state import ATTRIBUTE, hooked, state_of
 
 
+@dataclass
+class _Held:
+    x: Tensor | None = None
+    mode: tuple[Any, ...] = ()
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class SharedInput:
     """Siblings that their parent calls with one x. The first one called computes all; the others take theirs.
@@ -26,20 +34,25 @@ class SharedInput:
     """
 
     members: list[nn.Module]
-    open: bool = False
-    x: Tensor | None = None
-    mode: tuple[Any, ...] = ()
-    outputs: dict[int, Tensor] = field(default_factory=dict)
+    held: dict[int, "_Held"] = field(default_factory=dict)  # by thread, while its parent runs there
+
+    def begin(self) -> None:
+        self.held[get_ident()] = _Held()
+
+    def end(self) -> None:
+        self.held.pop(get_ident(), None)
+
+    def serves(self, member: nn.Module) -> bool:
+        """Whether its parent runs now, and `member` is one of ours (DataParallel's replicas are not)."""
+        return get_ident() in self.held and any(m is member for m in self.members)
 
     def take(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """What was computed for `member` from this very x, None where nothing was."""
-        if self.x is not x or self.mode != _mode(x):
-            self.clear()
+        held = self.held[get_ident()]
+        if held.x is not x or held.mode != _mode(x):
+            self.begin()
             return None
-        found = self.outputs.pop(id(member), None)
-        if not self.outputs:
-            self.clear()
-        return found
+        return held.outputs.pop(id(member), None)
 
     def run(self, member: "FusedLoraLinear", x: Tensor, projection: Projection) -> Tensor:
         """Outputs of all members that can run; returns `member`'s and keeps the others."""
@@ -49,16 +62,11 @@ class SharedInput:
         partners = [member, *siblings]
         found = [projection, *(m.plain_projection() for m in partners[1:])]
         ready = [(m, p) for m, p in zip(partners, found, strict=True) if p is not None]
-        seeds = state.rows.of(x) if any(a.p for _, p in ready for a in p.adapters) else None
+        seeds = state.rows.of(x, state.salt) if any(a.p for _, p in ready for a in p.adapters) else None
         mine, *others = lora_linears(x, [p for _, p in ready], seeds, backend=state.backend)
-        self.clear()
-        if others:
-            self.x, self.mode = x, _mode(x)
-            self.outputs = {id(m): y for (m, _), y in zip(ready[1:], others, strict=True)}
+        outputs = {id(m): y for (m, _), y in zip(ready[1:], others, strict=True)}
+        self.held[get_ident()] = _Held(x, _mode(x), outputs) if outputs else _Held()
         return mine
-
-    def clear(self) -> None:
-        self.x, self.outputs = None, {}
 
 
 class SharingForward:
@@ -69,13 +77,12 @@ class SharingForward:
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         for group in groups:
-            group.open = True
+            group.begin()
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             for group in groups:
-                group.open = False
-                group.clear()
+                group.end()
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
@@ -93,7 +100,7 @@ class FusedLoraLinear(PeftLinear):
             return PeftLinear.forward(self, x, *args, **kwargs)
         state = state_of(self)
         group: SharedInput | None = state.extra.get("group")
-        group = group if group is not None and group.open else None
+        group = group if group is not None and group.serves(self) else None
         if group is not None:
             held = group.take(self, x)
             if held is not None:
@@ -102,13 +109,15 @@ class FusedLoraLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         dora = self._dora_adapter()
         if dora is not None:
-            return self._dora(x, dora) if self._free_of_hooks() else super().forward(x, **kwargs)
+            base: Any = self.get_base_layer()
+            plain = base.weight.requires_grad or not self._free_of_hooks()
+            return super().forward(x, **kwargs) if plain else self._dora(x, dora)
         projection = self.plain_projection()
         if projection is None:
             return super().forward(x, *args, **kwargs)
         if group is not None:
             return group.run(self, x, projection)
-        seeds = state.rows.of(x) if any(a.p for a in projection.adapters) else None
+        seeds = state.rows.of(x, state.salt) if any(a.p for a in projection.adapters) else None
         return lora_linear(x, projection, seeds, backend=state.backend)
 
     def plain_projection(self) -> Projection | None:
@@ -173,7 +182,7 @@ class FusedLoraLinear(PeftLinear):
             z = lora_linear(x, Projection(base.weight, None, (pair,), transposed), backend=state.backend)
             return magnify(z, magnitude, norm, base.bias, backend=state.backend)
         weight = base.weight.t() if transposed else base.weight
-        dropped = dropout(x, pair.p, state.rows.of(x), pair.salt, backend=state.backend)
+        dropped = dropout(x, pair.p, state.rows.of(x, state.salt), pair.salt, backend=state.backend)
         low = (
             nn.functional.linear(nn.functional.linear(dropped.to(pair.A.dtype), pair.A), pair.B, pair.bias) * pair.scale
         )

@@ -7,6 +7,7 @@ transformers' own for causal LMs, labels are given, and the model trains; everyw
 
 import ast
 from collections import OrderedDict
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -45,6 +46,9 @@ def read_logits(model: nn.Module) -> Logits | str:
     tree = forward_tree(original_class(model))
     if tree is None:
         return "its forward has no source"
+    reason = _other_uses(tree)
+    if reason:
+        return reason
     head: str | None = None
     scale: float = 1.0
     softcap: float | None = None
@@ -59,15 +63,46 @@ def read_logits(model: nn.Module) -> Logits | str:
         if name is not None:
             head = name
         elif "final_logit_softcapping" in ast.unparse(node) or "tanh(logits)" in ast.unparse(node):
-            softcap = getattr(model.config, "final_logit_softcapping", None)
-            if softcap is None and "final_logit_softcapping" not in ast.unparse(tree):
+            places = [c for c in _configs(model) if hasattr(c, "final_logit_softcapping")]
+            if not places or "final_logit_softcapping" not in ast.unparse(tree):
                 return f"its logits go through {ast.unparse(node.value)} before the loss"
+            softcap = places[0].final_logit_softcapping
         else:
             factor = _factor(model, node.value)
             if factor is None:
                 return f"its logits go through {ast.unparse(node.value)} before the loss"
             scale *= factor
     return "its forward calls no loss_function"
+
+
+def _configs(model: Any) -> list[Any]:
+    """The model's config, and that of its text part where it has several parts."""
+    whole = model.config
+    return [whole, whole.get_text_config()] if hasattr(whole, "get_text_config") else [whole]
+
+
+def _other_uses(tree: ast.FunctionDef) -> str | None:
+    """What else a forward does with its logits than scale them, take their loss and return them."""
+    allowed: set[int] = set()
+    losses = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            given = [k.value for k in node.keywords if k.arg == "logits"]
+            if attribute_of_self(node.func) == "loss_function":
+                losses.append(node)
+                given = given or node.args[:1]
+                if not given or getattr(given[0], "id", None) != "logits":
+                    return "its loss is not computed from all of its logits"
+            allowed |= {id(value) for value in given}
+        elif isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["logits"]:
+            allowed |= {id(n) for n in ast.walk(node.value)}
+        elif isinstance(node, ast.Tuple | ast.Return):
+            allowed |= {id(n) for n in ast.iter_child_nodes(node)}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == "logits" and isinstance(n.ctx, ast.Load)]
+    changed = [n for n in ast.walk(tree) if isinstance(n, ast.AugAssign) and getattr(n.target, "id", None) == "logits"]
+    if len(losses) > 1 or changed or any(id(n) not in allowed for n in uses):
+        return "it does more with its logits than take their loss"
+    return None
 
 
 def _position(node: ast.AST) -> tuple[int, int]:
@@ -100,11 +135,15 @@ def _factor(model: nn.Module, value: ast.expr) -> float | None:
     return float(number) if isinstance(value.op, ast.Mult) else 1 / number if isinstance(value.op, ast.Div) else None
 
 
+# heads and models that are inside a fused forward of this thread, by id: where the head leaves its input
+_OPEN: ContextVar[dict[int, list[Tensor]]] = ContextVar("_OPEN", default={})  # noqa: B039 (never changed in place)
+
+
 class Handover:
     """Mixin of a head: while `open`, its input is noted and no logits are made."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        note: list[Tensor] | None = self.__dict__.get("_peft_engine_handover")
+        note = _OPEN.get().get(id(self))
         if note is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         note.append(x)
@@ -196,21 +235,30 @@ class CausalLossForward:
         if not _applies(model, head, kwargs):
             return super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
         note: list[Tensor] = []
-        given = model.__dict__.get("_loss_function")
-        head.__dict__["_peft_engine_handover"] = note
-        # the model's own forward calls its loss, so that terms it adds (the balance of experts) and arguments stay its
-        model.__dict__["_loss_function"] = partial(self._loss, head, note)
+        # by context, not on the modules: another thread may be in the same model
+        token = _OPEN.set({id(head): note, id(model): note})
         try:
             output = super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
         finally:
-            del head.__dict__["_peft_engine_handover"], model.__dict__["_loss_function"]
-            if given is not None:
-                model.__dict__["_loss_function"] = given
+            _OPEN.reset(token)
         kind = note[0].device.type
         autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         setattr(output.logits, _LATER, LogitsLater(model, note[0], autocast))
         output.__class__ = _with_lazy_logits(type(output))
         return output
+
+    @property
+    def loss_function(self) -> Any:
+        """What the model's own forward calls, so that terms it adds (the balance of experts) and arguments stay its."""
+        model: Any = self
+        note = _OPEN.get().get(id(self))
+        if note is None:
+            return super().loss_function  # type: ignore[misc]
+        return partial(self._loss, model.get_submodule(state_of(model).extra["logits"].head), note)
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
 
     def _loss(
         self,
@@ -271,9 +319,9 @@ def head_parts(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None, 
         assert p is not None
         if p:
             state = state_of(head)
-            own = dropout(hidden, p, state.rows.of(hidden), state.salt + place, backend=state.backend).reshape(
-                -1, hidden.shape[-1]
-            )
+            own = dropout(
+                hidden, p, state.rows.of(hidden, state.salt), state.salt + place, backend=state.backend
+            ).reshape(-1, hidden.shape[-1])
         up: Any = head.lora_B[name]
         low: Any = head.lora_A[name]
         adapters.append(HeadAdapter(low.weight, up.weight, float(head.scaling[name]), own))

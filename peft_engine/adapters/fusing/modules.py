@@ -24,7 +24,7 @@ class DropoutForward:
         state = state_of(module)
         if not module.training or not 0 < module.p < 1 or x.dim() < 2:
             return super().forward(x)  # type: ignore[misc]
-        return dropout(x, module.p, state.rows.of(x), state.salt, backend=state.backend)
+        return dropout(x, module.p, state.rows.of(x, state.salt), state.salt, backend=state.backend)
 
 
 class LayerNormForward:
@@ -47,7 +47,10 @@ class RMSNormForward:
         state = state_of(module)
         if isinstance(module, nn.RMSNorm) and _autocast_widens(x):
             x = x.float()
-        return rms_norm(x, getattr(module, "weight", None), **state.extra["settings"], backend=state.backend)
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.dtype != x.dtype:  # models differ in what they round to
+            return super().forward(x)  # type: ignore[misc]
+        return rms_norm(x, weight, **state.extra["settings"], backend=state.backend)
 
 
 class ActivationForward:

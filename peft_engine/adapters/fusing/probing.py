@@ -5,6 +5,7 @@ models on any device, `meta` included, and changes nothing. Classes are probed o
 """
 
 import copy
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any, get_args
@@ -53,11 +54,33 @@ def _random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(2).to(dtype)
 
 
+def _takes_one(module: Any) -> bool:
+    """Whether its forward has one input and nothing that could change what it does."""
+    if not isinstance(module, nn.Module):
+        return True
+    return len(inspect.signature(original_class(module).forward).parameters) == 2  # self and x
+
+
+def _rows() -> Tensor:
+    """Inputs of an MLP, (2, ROWS, 5): from small to so large that a clamp would show."""
+    return _random(2, ROWS, 5) * torch.logspace(-1, 3, ROWS, dtype=torch.float64).unsqueeze(1)
+
+
+def _close(got: Tensor | None, want: Tensor) -> bool:
+    """Equal to 1e-10 of the largest number in each row."""
+    if got is None or got.shape != want.shape:
+        return False
+    return bool(((got - want).abs() <= 1e-10 * (1e-3 + want.abs().amax(-1, keepdim=True))).all())
+
+
 def activation_kind(module: Any) -> str | None:
     """Which activation of `peft_kernels.activation` a module or function is: equal to 1e-12 on a grid."""
     if isinstance(module, nn.Module) and (any(True for _ in module.parameters()) or module._modules):
         return None
-    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    if not _takes_one(module):
+        return None
+    far = torch.tensor([10.0, 11, 20, 51, 100, 1001, 1e5], dtype=torch.float64)  # clipped kinds differ out there
+    x = torch.cat([torch.linspace(-9, 9, 1001, dtype=torch.float64), far, -far])
     call: Any = _probe(module) if isinstance(module, nn.Module) else module
     got = _gives(call, x) if isinstance(call, nn.Module) else _called(call, x)
     if got is None or got.shape != x.shape or got.dtype != x.dtype:
@@ -77,7 +100,7 @@ def _called(function: Callable[..., Any], x: Tensor) -> Tensor | None:
 
 def rms_norm_settings(module: nn.Module) -> dict[str, Any] | None:
     """eps, offset and cast with which `peft_kernels.rms_norm` equals this module, None where it doesn't."""
-    if module._modules or module._buffers:
+    if module._modules or module._buffers or not _takes_one(module):
         return None
     tensors = dict(module.named_parameters(recurse=False))
     eps = next(
@@ -109,7 +132,7 @@ def gated_mlp(module: nn.Module) -> dict[str, str] | None:
     children = dict(module.named_children())
     acts = {n: activation_kind(m) for n, m in children.items() if activation_kind(m) in ACTIVATIONS}
     linears = [n for n in children if n not in acts]
-    if len(linears) != 3 or len(acts) > 1 or any(not _linear_like(children[n]) for n in linears):
+    if not _takes_one(module) or len(linears) != 3 or len(acts) > 1 or not _all_linear(children, linears):
         return None
     loose = (
         None
@@ -121,10 +144,10 @@ def gated_mlp(module: nn.Module) -> dict[str, str] | None:
         return None
     for gate, up, down in _orders(linears):
         parts = {gate: _linear(5, 7, 0), up: _linear(5, 7, 1), down: _linear(7, 5, 2)}
-        x = _random(ROWS, 5)
+        x = _rows()
         got = _gives(_probe(module, **parts, **{n: copy.deepcopy(children[n]) for n in acts}), x)
         want = parts[down](glu_reference(parts[gate](x), parts[up](x), kind))
-        if got is not None and got.shape == want.shape and torch.allclose(got, want, rtol=1e-10, atol=1e-10):
+        if _close(got, want):
             return {"gate": gate, "up": up, "down": down, "activation": kind}
     return None
 
@@ -134,16 +157,16 @@ def packed_mlp(module: nn.Module) -> dict[str, str] | None:
     children = dict(module.named_children())
     acts = {n: activation_kind(m) for n, m in children.items() if activation_kind(m) in ACTIVATIONS}
     linears = [n for n in children if n not in acts]
-    if len(linears) != 2 or len(acts) != 1 or any(not _linear_like(children[n]) for n in linears):
+    if not _takes_one(module) or len(linears) != 2 or len(acts) != 1 or not _all_linear(children, linears):
         return None
     kind: Any = next(iter(acts.values()))
     for packed, down in (linears, linears[::-1]):
         parts = {packed: _linear(5, 14, 0), down: _linear(7, 5, 2)}
-        x = _random(ROWS, 5)
+        x = _rows()
         got = _gives(_probe(module, **parts, **{n: copy.deepcopy(children[n]) for n in acts}), x)
         gate, up = parts[packed](x).chunk(2, -1)
         want = parts[down](glu_reference(gate, up, kind))
-        if got is not None and got.shape == want.shape and torch.allclose(got, want, rtol=1e-10, atol=1e-10):
+        if _close(got, want):
             return {"packed": packed, "down": down, "activation": kind}
     return None
 
@@ -153,9 +176,8 @@ def _orders(names: list[str]) -> list[tuple[str, str, str]]:
     return [(a, b, c), (b, a, c), (a, c, b), (c, a, b), (b, c, a), (c, b, a)]
 
 
-def _linear_like(module: nn.Module) -> bool:
-    base = getattr(module, "base_layer", module)
-    return isinstance(base, nn.Linear)
+def _all_linear(children: dict[str, nn.Module], names: list[str]) -> bool:
+    return all(isinstance(getattr(children[name], "base_layer", children[name]), nn.Linear) for name in names)
 
 
 def _linear(features: int, out: int, seed: int) -> nn.Linear:

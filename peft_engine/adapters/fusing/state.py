@@ -21,16 +21,29 @@ class RowSeeds:
     """Seeds of the samples in the batch, one holder per fused model.
 
     Attributes:
-        seeds: int64 (samples,), set by a training loop that can name its samples; a sample's dropout masks then depend
-            on nothing else. None: every layer draws seeds by row from torch's generator, as `F.dropout` would.
+        seeds: int64 (samples,), set for each forward by a training loop that can name its samples; a sample's dropout
+            masks then depend on nothing else. None: every layer draws seeds by row from torch's generator, as
+            `F.dropout` would.
     """
 
     seeds: Tensor | None = None
+    _calls: dict[int, list[int]] = field(default_factory=dict)
+    _named: Tensor | None = None
 
-    def of(self, x: Tensor) -> Tensor:
-        """Seeds for the first dimension of `x`, on its device."""
+    def of(self, x: Tensor, salt: int) -> Tensor:
+        """Seeds for the first dimension of `x`, on its device, for a call of the module with this salt.
+
+        A module that a model calls again in one pass (ALBERT's layers) gets other masks each time. Which call it is, is
+        told by a number drawn from torch's generator, which checkpointing puts back before it replays a call.
+        """
         if self.seeds is not None and self.seeds.shape[0] == x.shape[0]:
-            return self.seeds
+            if self._named is not self.seeds:
+                self._named, self._calls = self.seeds, {}
+            ticket, calls = int(torch.randint(2**62, ())), self._calls.setdefault(salt, [])
+            if ticket not in calls:
+                calls.append(ticket)
+            place = calls.index(ticket)
+            return self.seeds if place == 0 else self.seeds + place * 0x5851F42D4C957F2D
         # checkpointing restores the generator, so a replay draws them again
         return torch.randint(-(2**63), 2**63 - 1, (x.shape[0],), device=x.device)
 
