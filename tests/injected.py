@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from peft_engine.adapters.fusing import RowSeeds, row_seeds
 from peft_engine.adapters.fusing.linears import FusedLoraLinear
-from peft_engine.adapters.fusing.state import state_of
+from peft_engine.adapters.fusing.state import CALLS_APART, state_of
 from peft_kernels.dropout import keep_mask, keep_rate
 
 
@@ -16,12 +16,16 @@ class Injected(nn.Module):
     def __init__(self, p: float, salt: int, rows: RowSeeds) -> None:
         super().__init__()
         self.p, self.salt, self.rows = p, salt, rows
+        self.batch, self.calls = 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         assert self.rows.seeds is not None
-        return x * keep_mask(x, self.p, self.rows.seeds, self.salt, backend="torch") / keep_rate(self.p, False)
+        self.calls = self.calls + 1 if self.batch == self.rows.batch else 0
+        self.batch = self.rows.batch
+        seeds = self.rows.seeds + self.calls * CALLS_APART  # ViT calls one module twice
+        return x * keep_mask(x, self.p, seeds, self.salt, backend="torch") / keep_rate(self.p, False)
 
 
 def holder(model: nn.Module) -> RowSeeds:

@@ -167,10 +167,15 @@ class LogitsLater:
         asked, kind = read_logits(self.model), self.hidden.device.type
         assert isinstance(asked, Logits)
         dtype, enabled = self.autocast
-        with torch.autocast(kind, dtype, enabled):
-            made: Tensor = self.model.get_submodule(asked.head)(self.hidden)
-            made = made if asked.scale == 1 else made * asked.scale
-            made = made if asked.softcap is None else asked.softcap * torch.tanh(made / asked.softcap)
+        rows = state_of(self.model).rows
+        rows.repeating = True  # an adapter on the head drops what it dropped for the loss
+        try:
+            with torch.autocast(kind, dtype, enabled):
+                made: Tensor = self.model.get_submodule(asked.head)(self.hidden)
+                made = made if asked.scale == 1 else made * asked.scale
+                made = made if asked.softcap is None else asked.softcap * torch.tanh(made / asked.softcap)
+        finally:
+            rows.repeating = False
         # who reads them outside of the model's own autocast gets what Accelerate makes of its outputs
         return made.float() if enabled and not torch.is_autocast_enabled(kind) else made
 

@@ -12,23 +12,34 @@ from torch import Tensor, nn
 from peft_kernels._launch import Backend
 
 ATTRIBUTE = "_peft_engine_fused"
+CALLS_APART = 0x5851F42D4C957F2D  # between the seeds of two calls of one module
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass
 class RowSeeds:
     """Seeds of the samples in the batch, one holder per fused model.
 
     Attributes:
-        seeds: int64 (samples,), set for each forward by a training loop that can name its samples; a sample's dropout
-            masks then depend on nothing else. None: every layer draws seeds by row from torch's generator, as
+        seeds: int64 (samples,), set before each forward by a training loop that can name its samples; a sample's masks
+            then depend on nothing else. None: every layer draws seeds by row from torch's generator, as
             `F.dropout` would.
+        batch: how often `seeds` was set.
+        repeating: the last call of each module is being made again (logits that somebody asks for after the loss).
     """
 
-    seeds: Tensor | None = None
-    _calls: dict[int, list[int]] = field(default_factory=dict)
-    _named: Tensor | None = None
+    def __init__(self, seeds: Tensor | None = None) -> None:
+        self.batch, self.repeating = 0, False
+        self.seeds = seeds
+
+    @property
+    def seeds(self) -> Tensor | None:
+        return self._seeds
+
+    @seeds.setter
+    def seeds(self, seeds: Tensor | None) -> None:
+        self._seeds, self._calls = seeds, dict[int, list[int]]()
+        self.batch += 1
 
     def of(self, x: Tensor, salt: int) -> Tensor:
         """Seeds for the first dimension of `x`, on its device, for a call of the module with this salt.
@@ -36,16 +47,18 @@ class RowSeeds:
         A module that a model calls again in one pass (ALBERT's layers) gets other masks each time. Which call it is, is
         told by a number drawn from torch's generator, which checkpointing puts back before it replays a call.
         """
-        if self.seeds is not None and self.seeds.shape[0] == x.shape[0]:
-            if self._named is not self.seeds:
-                self._named, self._calls = self.seeds, {}
-            ticket, calls = int(torch.randint(2**62, ())), self._calls.setdefault(salt, [])
+        if self._seeds is None or self._seeds.shape[0] != x.shape[0]:
+            # checkpointing restores the generator, so a replay draws them again
+            return torch.randint(-(2**63), 2**63 - 1, (x.shape[0],), device=x.device)
+        calls = self._calls.setdefault(salt, [])
+        if not (self.repeating and calls):
+            ticket = int(torch.randint(2**62, ()))
             if ticket not in calls:
                 calls.append(ticket)
             place = calls.index(ticket)
-            return self.seeds if place == 0 else self.seeds + place * 0x5851F42D4C957F2D
-        # checkpointing restores the generator, so a replay draws them again
-        return torch.randint(-(2**63), 2**63 - 1, (x.shape[0],), device=x.device)
+        else:
+            place = len(calls) - 1
+        return self._seeds if place == 0 else self._seeds + place * CALLS_APART
 
 
 @dataclass
