@@ -1,8 +1,10 @@
 """What watches a run: dead gradients, loss that is not finite, memory, signals."""
 
 import errno
+import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -109,11 +111,23 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self._deferred or self.wanted:
+            if _in_finalizer(frame):
+                threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # Python drops what is raised in there
+                return
             raise Interrupted(
                 f"{name}: stopped.",
                 "Run it again with --resume (and without --overwrite): it goes on from the last checkpoint, if any.",
             )
         self.wanted = name
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether a weak reference's callback runs: an exception would be printed and forgotten."""
+    while frame is not None:
+        if frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def describe_rows(data: EncodedSet, where: list[str], rows: list[int]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 from comparing import changed, last_step, newest, outcome, small, write_config
@@ -72,6 +73,20 @@ def test_a_second_signal_stops_at_once(tiny_model, tmp_path):
     plain = changed(settings, output=str(tmp_path / "plain"))
     train(plain)
     assert outcome(settings.output) == outcome(plain.output)
+
+
+def test_a_signal_inside_a_finalizer_is_not_lost():
+    """The memory meter frees through weak references, whose callbacks swallow exceptions."""
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    weakref.finalize(thing, signal.raise_signal, signal.SIGTERM)
+    with Signals().handled():
+        del thing
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            time.sleep(5)
 
 
 def test_signals_are_a_request_only_while_deferred():
