@@ -428,13 +428,16 @@ def watched(monkeypatch: pytest.MonkeyPatch, of: Config, die_at: int | None = No
     return seen
 
 
-def test_trap_10_resume_repeats_and_skips_no_sample(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_trap_10_resume_repeats_and_skips_no_sample(tmp_path, monkeypatch, kernels):
+    """Fused dropout has named masks; without it every mask comes from torch's generator."""
     model = make_model("bert", tmp_path / "model", dropout=0.1)
     steps = {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "save_every": 4, "log_every": 5, "schedule": "cosine",
              "warmup": 2}  # fmt: skip
 
     def made(name: str) -> Config:
-        return settings(CLASSES, model, tmp_path / name, class_rows(10), training=steps)
+        of = settings(CLASSES, model, tmp_path / name, class_rows(10), training=steps)
+        return of.model_copy(update={"kernels": kernels})
 
     whole = watched(monkeypatch, made("whole"))
     before = watched(monkeypatch, made("cut"), die_at=7)  # the newest checkpoint is of step 4, in the second epoch
