@@ -1,7 +1,7 @@
 """`unfuse` refuses what it can't give back whole."""
 
 import pytest
-from families import adapt, make
+from families import adapt, batch_of, make, near, pair
 
 from peft_engine.adapters.fusing import fuse, unfuse
 from peft_engine.errors import ConfigError
@@ -20,3 +20,12 @@ def test_a_class_changed_since_is_not_overwritten() -> None:
     layer.__class__ = fused
     unfuse(model)
     assert type(layer).__mro__[1] is not fused
+
+
+def test_logits_of_an_earlier_step_can_still_be_read() -> None:
+    """They are made when asked for, which may be after the model was unfused."""
+    model, plain = pair("llama")
+    fuse(model)
+    output = model(**batch_of("llama"))
+    unfuse(model)
+    near(output.logits.detach(), plain(**batch_of("llama")).logits.detach(), 1e-5)

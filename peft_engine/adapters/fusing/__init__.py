@@ -129,15 +129,13 @@ def _choose(model: nn.Module, backend: Backend) -> tuple[str, str]:
         return "triton", "asked for"
     if backend == "torch":
         return "torch", "asked for"
-    if kinds == {"cuda"} and not all(tensor_core_dot(i) for i in {p.get_device() for p in model.parameters()}):
+    if kinds != {"cuda"}:
+        return "torch", f"auto: the model is on {', '.join(sorted(kinds)) or 'no device'}"
+    if not installed:
+        return "torch", "auto: on CUDA, but triton is not installed"
+    if not all(tensor_core_dot(i) for i in {p.get_device() for p in model.parameters()}):
         return "torch", "auto: on CUDA, but Triton has no tensor-core products for GPUs before Ampere (sm_80)"
-    if kinds == {"cuda"}:
-        return (
-            ("triton", "auto: the model is on CUDA")
-            if installed
-            else ("torch", "auto: on CUDA, but triton is not installed")
-        )
-    return "torch", f"auto: the model is on {', '.join(sorted(kinds)) or 'no device'}"
+    return "triton", "auto: the model is on CUDA"
 
 
 def _parts_of_adapters(model: nn.Module) -> set[int]:
@@ -190,9 +188,7 @@ def _match(module: Any, backend: Backend) -> tuple[str, Any, dict[str, Any]] | N
             key = {"rms_norm": "settings", "activation": "kind"}.get(op, "parts")
             return op, modules.subclass(original_class(module), mixin), {key: settings}
     found = attention.attention_class(module, backend)
-    if found is not None:
-        return (*found, {})
-    return None
+    return None if found is None else (*found, {})
 
 
 _PROBES: tuple[tuple[str, Callable[[nn.Module], Any], type], ...] = (
@@ -204,28 +200,28 @@ _PROBES: tuple[tuple[str, Callable[[nn.Module], Any], type], ...] = (
 
 
 def _share_inputs(name: str, parent: nn.Module, backend: Backend, rows: RowSeeds, report: FuseReport) -> None:
-    for names in shared_inputs(original_class(parent)):
+    groups: list[SharedInput] = []
+    for names in () if "forward" in parent.__dict__ else shared_inputs(original_class(parent)):
         found = [(child, parent._modules.get(child)) for child in names]
         members = [(child, m) for child, m in found if isinstance(m, FusedLoraLinear) and not m.lora_variant]
         widths = {m.in_features for _, m in members}
         if len(members) < 2 or len(widths) != 1:
             continue
-        if "forward" in parent.__dict__:
-            continue
-        group = SharedInput([m for _, m in members])
-        if ATTRIBUTE in parent.__dict__:
-            state_of(parent).extra.setdefault("groups", []).append(group)
-        else:
-            swap(
-                parent,
-                original_class(parent),
-                Fused(original_class(parent), "parent", backend, rows, 0, {"groups": [group]}),
-            )
+        groups.append(SharedInput([m for _, m in members]))
         for child, member in members:
-            state_of(member).extra["group"] = group
+            state_of(member).extra["group"] = groups[-1]
             report.swapped[f"{name}.{child}" if name else child] = "lora_linear, shared input"
-    if ATTRIBUTE in parent.__dict__ and "groups" in state_of(parent).extra:
-        swap(parent, modules.subclass(type(parent), SharingForward), state_of(parent))
+    if groups:
+        state = _state_or_new(parent, "parent", backend, rows)
+        state.extra["groups"] = groups
+        swap(parent, modules.subclass(type(parent), SharingForward), state)
+
+
+def _state_or_new(module: nn.Module, op: str, backend: Backend, rows: RowSeeds) -> Fused:
+    """The state of a module that gets a second mixin, or a new one."""
+    if ATTRIBUTE in module.__dict__:
+        return state_of(module)
+    return Fused(type(module), op, backend, rows, 0)
 
 
 def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: FuseReport) -> None:
@@ -247,10 +243,7 @@ def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: 
     if reason:
         report.skipped[label] = reason
         return
-    if ATTRIBUTE in head.__dict__:
-        swap(head, modules.subclass(type(head), loss.Handover), state_of(head))
-    else:
-        swap(head, modules.subclass(original_class(head), loss.Handover), Fused(type(head), "head", backend, rows, 0))
+    swap(head, modules.subclass(type(head), loss.Handover), _state_or_new(head, "head", backend, rows))
     state = Fused(original_class(model), "linear_cross_entropy", backend, rows, salt_of(label), {"logits": logits})
     swap(model, modules.subclass(original_class(model), loss.CausalLossForward), state)
     report.swapped[label] = "linear_cross_entropy"

@@ -22,7 +22,7 @@ from peft_kernels.linear_cross_entropy import HeadAdapter, linear_cross_entropy
 
 from .linears import FusedLoraLinear, rate_of
 from .reading import attribute_of_self, forward_tree, value_of
-from .state import hooked, once_each, original_class, state_of
+from .state import RowSeeds, hooked, once_each, original_class, state_of
 
 IGNORED = -100
 
@@ -158,24 +158,24 @@ class LogitsLater:
         autocast: dtype and whether it was on when the model ran.
     """
 
-    model: nn.Module
+    head: nn.Module
+    asked: Logits
+    rows: RowSeeds
     hidden: Tensor
     autocast: tuple[torch.dtype, bool]
 
     def make(self) -> Tensor:
         """The logits with their graph, as they would have come out of the model."""
-        asked, kind = read_logits(self.model), self.hidden.device.type
-        assert isinstance(asked, Logits)
+        asked, kind = self.asked, self.hidden.device.type
         dtype, enabled = self.autocast
-        rows = state_of(self.model).rows
-        rows.repeating = True  # an adapter on the head drops what it dropped for the loss
+        self.rows.repeating = True  # an adapter on the head drops what it dropped for the loss
         try:
             with torch.autocast(kind, dtype, enabled):
-                made: Tensor = self.model.get_submodule(asked.head)(self.hidden)
+                made: Tensor = self.head(self.hidden)
                 made = made if asked.scale == 1 else made * asked.scale
                 made = made if asked.softcap is None else asked.softcap * torch.tanh(made / asked.softcap)
         finally:
-            rows.repeating = False
+            self.rows.repeating = False
         # who reads them outside of the model's own autocast gets what Accelerate makes of its outputs
         return made.float() if enabled and not torch.is_autocast_enabled(kind) else made
 
@@ -234,9 +234,11 @@ class CausalLossForward:
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         model: Any = self
-        head = model.get_submodule(state_of(model).extra["logits"].head)
         if labels is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        state = state_of(model)
+        asked: Logits = state.extra["logits"]
+        head = model.get_submodule(asked.head)
         if not _applies(model, head, kwargs):
             return super().forward(*args, labels=labels, **kwargs)  # type: ignore[misc]
         note: list[Tensor] = []
@@ -248,7 +250,7 @@ class CausalLossForward:
             _OPEN.reset(token)
         kind = note[0].device.type
         autocast = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        setattr(output.logits, _LATER, LogitsLater(model, note[0], autocast))
+        setattr(output.logits, _LATER, LogitsLater(head, asked, state.rows, note[0], autocast))
         output.__class__ = _with_lazy_logits(type(output))
         return output
 

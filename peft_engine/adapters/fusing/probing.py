@@ -1,11 +1,12 @@
 """What a small module computes, found by running its own forward on small random numbers. Never by its name.
 
 A probe is an object of the module's class with the module's settings and tiny tensors of its own, so that it works for
-models on any device, `meta` included, and changes nothing. Classes are probed once per setting.
+models on any device, `meta` included, and changes nothing.
 """
 
 import copy
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any, get_args
@@ -36,7 +37,7 @@ def _probe(module: nn.Module, **parts: Any) -> nn.Module:
     )
     for name, part in parts.items():
         setattr(probe, name, part)
-    return probe  # in training mode: what drops or adds noise then does not equal the formula
+    return probe
 
 
 def _gives(module: nn.Module, *inputs: Tensor) -> Tensor | None:
@@ -127,53 +128,48 @@ def _is_rms_norm(module: nn.Module, weighted: bool, eps: float, offset: float, c
     return torch.equal(got, want) if dtype == torch.bfloat16 else torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def _split(module: nn.Module, linears: int) -> tuple[dict[str, nn.Module], list[str], Any] | None:
+    """(activation modules, names of linears, kind of activation) of a module that holds just these; else None."""
+    children = dict(module.named_children())
+    kinds = {name: activation_kind(child) for name, child in children.items()}
+    acts = {name: child for name, child in children.items() if kinds[name] in ACTIVATIONS}
+    names = [name for name in children if name not in acts]
+    if not _takes_one(module) or len(names) != linears or len(acts) > 1 or not _all_linear(children, names):
+        return None
+    functions = (v for v in module.__dict__.values() if isinstance(v, types.FunctionType))
+    kind = next((kinds[name] for name in acts), None) or next(map(activation_kind, functions), None)
+    return (acts, names, kind) if kind in ACTIVATIONS else None
+
+
+def _run(module: nn.Module, acts: dict[str, nn.Module], parts: dict[str, nn.Linear], x: Tensor) -> Tensor | None:
+    return _gives(_probe(module, **parts, **{name: copy.deepcopy(act) for name, act in acts.items()}), x)
+
+
 def gated_mlp(module: nn.Module) -> dict[str, str] | None:
     """Names of gate, up, down and the activation's kind, where the module computes down(act(gate(x)) * up(x))."""
-    children = dict(module.named_children())
-    acts = {n: activation_kind(m) for n, m in children.items() if activation_kind(m) in ACTIVATIONS}
-    linears = [n for n in children if n not in acts]
-    if not _takes_one(module) or len(linears) != 3 or len(acts) > 1 or not _all_linear(children, linears):
+    split = _split(module, 3)
+    if split is None:
         return None
-    loose = (
-        None
-        if acts
-        else next((activation_kind(v) for k, v in module.__dict__.items() if isinstance(v, types.FunctionType)), None)
-    )
-    kind: Any = next(iter(acts.values()), loose)
-    if kind not in ACTIVATIONS:
-        return None
-    for gate, up, down in _orders(linears):
+    (acts, names, kind), x = split, _rows()
+    for gate, up, down in itertools.permutations(names):
         parts = {gate: _linear(5, 7, 0), up: _linear(5, 7, 1), down: _linear(7, 5, 2)}
-        x = _rows()
-        got = _gives(_probe(module, **parts, **{n: copy.deepcopy(children[n]) for n in acts}), x)
-        want = parts[down](glu_reference(parts[gate](x), parts[up](x), kind))
-        if _close(got, want):
+        if _close(_run(module, acts, parts, x), parts[down](glu_reference(parts[gate](x), parts[up](x), kind))):
             return {"gate": gate, "up": up, "down": down, "activation": kind}
     return None
 
 
 def packed_mlp(module: nn.Module) -> dict[str, str] | None:
     """The same for one linear that makes gate and up together (Phi-3)."""
-    children = dict(module.named_children())
-    acts = {n: activation_kind(m) for n, m in children.items() if activation_kind(m) in ACTIVATIONS}
-    linears = [n for n in children if n not in acts]
-    if not _takes_one(module) or len(linears) != 2 or len(acts) != 1 or not _all_linear(children, linears):
+    split = _split(module, 2)
+    if split is None:
         return None
-    kind: Any = next(iter(acts.values()))
-    for packed, down in (linears, linears[::-1]):
+    (acts, names, kind), x = split, _rows()
+    for packed, down in itertools.permutations(names):
         parts = {packed: _linear(5, 14, 0), down: _linear(7, 5, 2)}
-        x = _rows()
-        got = _gives(_probe(module, **parts, **{n: copy.deepcopy(children[n]) for n in acts}), x)
         gate, up = parts[packed](x).chunk(2, -1)
-        want = parts[down](glu_reference(gate, up, kind))
-        if _close(got, want):
+        if _close(_run(module, acts, parts, x), parts[down](glu_reference(gate, up, kind))):
             return {"packed": packed, "down": down, "activation": kind}
     return None
-
-
-def _orders(names: list[str]) -> list[tuple[str, str, str]]:
-    a, b, c = names
-    return [(a, b, c), (b, a, c), (a, c, b), (c, a, b), (b, c, a), (c, b, a)]
 
 
 def _all_linear(children: dict[str, nn.Module], names: list[str]) -> bool:
