@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from oracle import DEVICE, DTYPES, assert_no_further_from_truth, guarded, value_and_grads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import peft_kernels.gpu.rms_norm as tiles
+import peft_kernels.gpu._rows as tiles
 from peft_kernels.layer_norm import layer_norm, layer_norm_reference
 from peft_kernels.recompute import recipe_of
 

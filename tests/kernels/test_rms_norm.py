@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import peft_kernels.gpu.rms_norm as gpu
+import peft_kernels.gpu._rows as gpu
 from peft_kernels.recompute import recipe_of
 from peft_kernels.rms_norm import rms_norm, rms_norm_reference
 

@@ -1,7 +1,7 @@
 """Triton kernels of `peft_kernels.layer_norm`; the math is there. x as (rows, features), row-major.
 
 The variance is taken about the mean, in a second look at the row: mean(x²) - mean² loses everything where the mean is
-large. Tiles, and the sums over rows for the parameters, are those of `rms_norm`.
+large. Tiles, and the sums over rows for the parameters, are in `_rows`.
 """
 
 # mypy: allow-untyped-defs
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._cases import Case
-from .rms_norm import LOOP, _load_sum, _store_dx, _tiles, column_sums, tile
+from ._rows import LOOP, _load_sum, _store_dx, _tiles, column_sums, tile
 
 
 @triton.jit
