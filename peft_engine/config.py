@@ -9,10 +9,39 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peft_engine.config_checks import cross_faults, dotted
+from peft_engine.config_methods import MethodName
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
-TaskName = Literal["causal-lm", "text-classification"]
+Pattern = Annotated[str, Field(min_length=1)]
+TaskName = Literal[
+    "causal-lm",
+    "text-classification",
+    "token-classification",
+    "seq2seq",
+    "image-classification",
+    "dpo",
+    "orpo",
+    "kto",
+    "reward",
+]
+Part = Literal[
+    "text",
+    "label",
+    "messages",
+    "tools",
+    "prompt",
+    "completion",
+    "text_pair",
+    "choices",
+    "tokens",
+    "tags",
+    "source",
+    "target",
+    "image",
+    "chosen",
+    "rejected",
+]
 
 
 class Section(BaseModel):
@@ -46,14 +75,28 @@ class ModelConfig(Section):
     """Text classification: `model` is the model's own pooler and head, `mean` averages the last hidden states over real
     tokens. `auto` reads a sentence-transformers `1_Pooling/config.json` where there is one, and takes `mean` where the
     model's own pooler has no pretrained weights; else `model`."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention code of transformers; `auto` is its own choice."""
+    new_tokens: list[Pattern] = []
+    """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never on by itself."""
 
 
+class LayersConfig(Section):
+    """A run of layers at one end of the stack."""
+
+    first: Count | None = None
+    """The first so many layers."""
+    last: Count | None = None
+    """The last so many layers."""
+
+
 class AdapterConfig(Section):
-    method: Literal["lora", "full", "head", "bitfit"] = "lora"
+    method: MethodName = "lora"
     """`lora` trains low-rank updates, `full` all weights, `head` only the task's head (linear probe; the LM head of a
-    causal LM), `bitfit` bias terms (and the task's new head)."""
+    causal LM), `bitfit` bias terms (and the task's new head). `houlsby`, `pfeiffer` and `parallel` are bottleneck
+    adapters. All other names are methods of the peft library."""
     rank: Count = 16
     """Rank r of each update (LoRA, Hu et al. 2021)."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -63,8 +106,8 @@ class AdapterConfig(Section):
     targets: str | list[str] = "all-linear"
     """`all-linear` (every Linear and Conv1D but the output head), one regular expression for full module names, or a
     list of module-name endings. Each must match something."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Adapt only these layers (indices from 0); null is all."""
+    layers: list[Annotated[int, Field(ge=0)]] | LayersConfig | None = None
+    """Adapt only these layers: indices from 0, or `{last: 6}`, or `{first: 6}`; null is all."""
     rank_pattern: dict[str, Count] = {}
     """Own rank per module-name pattern (regular expression on the end of the name)."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -84,6 +127,9 @@ class AdapterConfig(Section):
     """LoRA+ (Hayou et al. 2024): learning rate of B as a multiple of A's."""
     options: dict[str, Any] = {}
     """Further fields of the peft config of this method, by peft's own names."""
+    start_from: str | None = None
+    """Warm start: a run directory or an adapter folder with the same method and shapes, whose weights this run starts
+    from (its optimizer and schedule start anew)."""
 
 
 class SplitConfig(Section):
@@ -102,9 +148,67 @@ class LimitConfig(Section):
     """Keep at most this many rows of the test split."""
 
 
+class SourceConfig(Section):
+    """One part of a mixture."""
+
+    path: str
+    """File, folder or hub data set."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often a row of it is seen in an epoch: 2 is twice, 0.5 is a fresh half of its rows in each epoch."""
+    columns: dict[Part, str] = {}
+    """Columns of this source, where they are not those of `data.columns`."""
+
+
+class CleanConfig(Section):
+    """What is done with faulty rows. Every row that is dropped is counted and reported."""
+
+    malformed: Literal["refuse", "drop"] = "refuse"
+    """Rows that can't be read or lack a part that is needed."""
+    empty: Literal["refuse", "drop"] = "refuse"
+    """Rows whose text or label is empty."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Rows that repeat an earlier one of their split, answer included."""
+    contradictory: Literal["keep", "drop", "majority"] = "keep"
+    """Training rows with one input and different answers: `drop` all of them, or keep those with the most frequent
+    answer."""
+
+
+class ImageAugmentConfig(Section):
+    """Changes to training images, drawn anew in each epoch from `training.seed`. All off by default."""
+
+    flip: Share = 0.0
+    """Probability of a horizontal mirror image."""
+    crop: Share = 0.0
+    """Largest share of height and width that a random crop cuts away (then resized back)."""
+    colour: Share = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    randaugment: Annotated[int, Field(ge=0, le=10)] = 0
+    """RandAugment (Cubuk et al. 2020): operations per image; 0 is off."""
+    magnitude: Annotated[int, Field(ge=1, le=30)] = 9
+    """RandAugment's magnitude, of 30."""
+
+
+class TextAugmentConfig(Section):
+    """Changes to training texts, drawn anew in each epoch from `training.seed`. All off by default. Never labels,
+    never supervised tokens."""
+
+    token_dropout: Share = 0.0
+    """Share of tokens left out."""
+    masking: Share = 0.0
+    """Share of tokens replaced by the tokenizer's mask token (or its unknown token)."""
+    punctuation: Share = 0.0
+    """Probability per word gap of a punctuation mark put in (AEDA, Karimi et al. 2021)."""
+
+
+class AugmentConfig(Section):
+    image: ImageAugmentConfig = ImageAugmentConfig()
+    text: TextAugmentConfig = TextAugmentConfig()
+
+
 class DataConfig(Section):
-    train: str
-    """File (csv, tsv, jsonl, json, parquet, txt; .gz of text formats), or hub data set as `name` or `name:split`."""
+    train: Annotated[str | list[SourceConfig], Field(union_mode="left_to_right")]
+    """File (csv, tsv, jsonl, json, parquet, arrow, txt; .gz of text formats), image folder, or hub data set as `name`
+    or `name:split`; or a list of `{path, weight}`, a mixture."""
     eval: str | None = None
     """Evaluation data, same forms; null makes it by `split`."""
     test: str | None = None
@@ -115,12 +219,31 @@ class DataConfig(Section):
     """Shares of the splits that are not given."""
     limit: LimitConfig = LimitConfig()
     """Row limits per split, after splitting."""
-    columns: dict[Literal["text", "label", "messages", "tools", "prompt", "completion"], str] = {}
+    columns: dict[Part, str] = {}
     """Which of the file's columns play which part; what is not named is found by convention."""
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens per sequence. Longer plain text is cut into windows, longer conversations and inputs at their end."""
-    packing: Literal[False] = False
-    """Several samples in one sequence."""
+    packing: bool = False
+    """Causal LM: several samples in one sequence, each blind to the others, so that nothing is padded. The optimizer
+    step sees the same samples and computes the same loss; refused where isolation can't hold."""
+    pack_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of a packed sequence at most; null is `max_length`."""
+    streaming: bool = False
+    """Read `train` from disk as it is needed (jsonl, csv, parquet, arrow), for data larger than memory. Needs
+    `training.steps` or counts the rows first."""
+    clean: CleanConfig = CleanConfig()
+    """What is done with faulty rows."""
+    near_duplicates: Literal["off", "report", "drop"] = "report"
+    """Training rows that nearly repeat an evaluation or test row (MinHash over word 3-grams where `datasketch` is
+    installed, else equal but for case, punctuation and spacing): report them, or drop them from training."""
+    near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Jaccard similarity from which on two rows are near duplicates."""
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
+    """Weight of each class in the training loss; `balanced` is inverse to its frequency, mean 1 over the rows."""
+    augment: AugmentConfig = AugmentConfig()
+    """Changes to training rows."""
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Images are resized to this height and width; null is the processor's own size."""
     supervise: Literal["auto", "assistant", "last", "all"] = "auto"
     """Causal LM: which tokens are learned. `assistant` is every assistant turn, `last` the last one, `all` everything;
     `auto` is `assistant` for messages, the completion for prompt/completion, `all` for text."""
@@ -187,6 +310,18 @@ class TrainingConfig(Section):
     """Stop when the primary metric on the evaluation split no longer improves."""
     restore_best: bool = False
     """End with the weights of the best evaluation instead of the last."""
+    trainable: list[Pattern] | None = None
+    """Train only those of the method's tensors whose full name one of these regular expressions finds; the others keep
+    their start and are saved with them. null is all."""
+    frozen: list[Pattern] = []
+    """Never train tensors whose full name one of these regular expressions finds."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune (Jain et al. 2023): uniform noise on the input embeddings in training, scaled by alpha/sqrt(length x
+    width); null is off."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Exponential moving average of the trained weights; evaluations and the saved adapter use the average."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` holds the backbone on each, `fsdp` shards it (FSDP2)."""
     deterministic: bool = True
     """Same bits on the same machine, versions, threads and number of processes."""
 
@@ -195,9 +330,21 @@ class EvaluationConfig(Section):
     batch_size: Count | None = None
     """Sequences at once; null is `training.batch_size`."""
     generate_rows: Annotated[int, Field(ge=0)] = 0
-    """Causal LM: generate the last turn of this many rows and report the exact match; 0 is off."""
+    """Causal LM and seq2seq: generate the answer of this many rows and report exact match (seq2seq: ROUGE, BLEU and
+    chrF too); 0 is off."""
     max_new_tokens: Count = 32
     """Tokens to generate per row."""
+    num_beams: Count = 1
+    """Seq2seq: beams of the search; 1 is greedy."""
+
+
+class PreferenceConfig(Section):
+    """Tasks dpo, orpo, kto and reward, which TRL's trainers train."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength of the pull to the reference model (DPO, KTO), or weight of the odds ratio (ORPO)."""
+    options: dict[str, Any] = {}
+    """Further fields of TRL's config of this task, by TRL's own names."""
 
 
 class BudgetConfig(Section):
@@ -229,8 +376,13 @@ class Config(Section):
     kernels: Literal["auto", "triton", "torch", "off"] = "auto"
     """Fused kernels: triton (CUDA only), torch (any device), auto (the first that runs here), off (plain PEFT).
     run.json says which ran, on what, and what was left as it is."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """Preference tuning."""
     budget: BudgetConfig = BudgetConfig()
     """Limits and the price."""
+    report_to: Literal["none"] | list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = "none"
+    """Trackers that get metrics.jsonl's rows as well (each an optional package); wandb runs offline unless you are
+    logged in and WANDB_MODE says otherwise."""
     output: str
     """Run directory."""
 

@@ -30,18 +30,41 @@ LORA_ONLY = (
     "adapter.lora_plus_ratio",
     "adapter.options",
 )
-TASK_ONLY = {
-    "model.pooling": "text-classification",
-    "data.label_type": "text-classification",
-    "data.labels": "text-classification",
-    "data.columns.label": "text-classification",
-    "data.supervise": "causal-lm",
-    "data.columns.messages": "causal-lm",
-    "data.columns.tools": "causal-lm",
-    "data.columns.prompt": "causal-lm",
-    "data.columns.completion": "causal-lm",
-    "evaluation.generate_rows": "causal-lm",
-    "evaluation.max_new_tokens": "causal-lm",
+CLASSES = ("text-classification", "image-classification")
+TEXT = ("causal-lm", "text-classification", "token-classification", "seq2seq")
+PREFERENCE = ("dpo", "orpo", "kto", "reward")
+TASK_ONLY: dict[str, tuple[str, ...]] = {
+    "model.pooling": ("text-classification",),
+    "model.new_tokens": ("causal-lm", "seq2seq"),
+    "data.label_type": CLASSES,
+    "data.labels": (*CLASSES, "token-classification"),
+    "data.class_weights": (*CLASSES, "token-classification"),
+    "data.columns.label": (*CLASSES, "kto"),
+    "data.columns.text": ("causal-lm", "text-classification"),
+    "data.columns.text_pair": ("text-classification",),
+    "data.columns.choices": ("text-classification",),
+    "data.columns.tokens": ("token-classification",),
+    "data.columns.tags": ("token-classification",),
+    "data.columns.source": ("seq2seq",),
+    "data.columns.target": ("seq2seq",),
+    "data.columns.image": ("image-classification",),
+    "data.columns.messages": ("causal-lm",),
+    "data.columns.tools": ("causal-lm", *PREFERENCE),
+    "data.columns.prompt": ("causal-lm", *PREFERENCE),
+    "data.columns.completion": ("causal-lm", "kto"),
+    "data.columns.chosen": ("dpo", "orpo", "reward"),
+    "data.columns.rejected": ("dpo", "orpo", "reward"),
+    "data.supervise": ("causal-lm",),
+    "data.packing": ("causal-lm",),
+    "data.pack_tokens": ("causal-lm",),
+    "data.streaming": TEXT,
+    "data.image_size": ("image-classification",),
+    "data.augment.image": ("image-classification",),
+    "data.augment.text": TEXT,
+    "evaluation.generate_rows": ("causal-lm", "seq2seq"),
+    "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
+    "evaluation.num_beams": ("seq2seq",),
+    "preference": PREFERENCE,
 }
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
@@ -102,9 +125,10 @@ def inapplicable(values: Tree) -> dict[str, str]:
                 f"(on the command line: --set 'adapter={{method: {method}}}')"
             )
     if task is not None:
-        for name, owner in TASK_ONLY.items():
-            if task != owner:
-                found[name] = f"applies to task {owner} only, and the task is {task}; remove it"
+        for name, owners in TASK_ONLY.items():
+            if task not in owners:
+                tasks = f"task {owners[0]}" if len(owners) == 1 else f"tasks {', '.join(owners)}"
+                found[name] = f"applies to {tasks} only, and the task is {task}; remove it"
     if lookup(values, "training.optimizer") == "adafactor":
         found["training.betas"] = "has no effect with optimizer adafactor; remove it"
     return found
@@ -132,12 +156,14 @@ def _empty_text(values: Tree) -> Iterator[Fault]:
     for name in ("model.path", "data.train", "data.eval", "data.test", "output"):
         if isinstance(lookup(values, name), str) and not lookup(values, name).strip():
             yield Fault(tuple(name.split(".")), "got an empty text, expected a name or a path")
+    if lookup(values, "data.train") == []:
+        yield Fault(("data", "train"), "got an empty list, expected at least one {path, weight}")
 
 
 def _splits(values: Tree) -> Iterator[Fault]:
-    train, evaluation, test = (lookup(values, f"data.{name}") for name in ("train", "eval", "test"))
+    evaluation, test = lookup(values, "data.eval"), lookup(values, "data.test")
     for name, source in (("eval", evaluation), ("test", test)):
-        if source is not None and source == train:
+        if source is not None and source in train_sources(values):
             yield Fault(
                 ("data", name),
                 f"got {source}, the same as data.train: the result would be measured on what was learned; "
@@ -153,6 +179,14 @@ def _splits(values: Tree) -> Iterator[Fault]:
             if lookup(values, f"training.{name}") not in (None, False):
                 text = "needs an evaluation split, and there is none; give data.eval, or a data.split.eval above 0"
                 yield Fault(("training", name), text)
+
+
+def train_sources(values: Tree) -> list[str]:
+    """Paths of `data.train`: one, or those of a mixture."""
+    train = lookup(values, "data.train")
+    if isinstance(train, list):
+        return [part["path"] for part in train if isinstance(part, Mapping) and "path" in part]
+    return [train] if train is not None else []
 
 
 def _labels(values: Tree) -> Iterator[Fault]:
