@@ -7,6 +7,7 @@ from typing import Any
 from .adapters.group import Group
 from .config import Config
 from .data.labels import Labels
+from .data.mixing import name_of
 
 PEFT_CAUSAL = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -118,7 +119,7 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         "",
         "## Data",
         "",
-        f"`{config.data.train}`: "
+        f"`{name_of(config)}`: "
         + ", ".join(f"{name} {count:,} rows" for name, count in data["counts"].items())
         + f"; sha256 of the content `{data['digest']}`.",
         *([f"Classes, in order: {', '.join(labels.names)}."] if labels and labels.names else []),

@@ -13,6 +13,7 @@ from .adapters.group import Member
 from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_reading import load_config
+from .data.cleaning import Dropped, as_lines
 from .data.formats import is_conversation
 from .data.splitting import load_splits
 from .errors import ConfigError, DataError
@@ -118,6 +119,7 @@ class _Run:
                 self.view.say("No complete checkpoint to resume from: starting from step 0.")
             self.directory.clear()
             self.directory.write_text("config.yaml", to_yaml(self.config))
+            self._list_dropped()
             return
         state = read_state(checkpoints[-1])["run"]
         self._refuse_other_input(state, checkpoints[-1])
@@ -129,10 +131,21 @@ class _Run:
         self.earlier, self.saved_phases, self.before = state["wall_seconds"], state["seconds"], state["before"]
         self.directory.cut_metrics(self.trainees[0].step)
         self.directory.write_text("config.yaml", to_yaml(self.config))
+        self._list_dropped()
         self.view.say(f"Resuming from {checkpoints[-1]}.")
         self.moved = sorted(name for name, was in state["machine"].items() if machine().get(name) != was)
         if self.moved:
             self.view.say(f"Not the machine or versions it began on ({', '.join(self.moved)}): the bits may differ.")
+
+    def _list_dropped(self) -> None:
+        """`dropped.jsonl`: every row that is not used, with its reason; no file where all are."""
+        nothing = [
+            Dropped(name, getattr(self.splits, name).where[i], "teaches nothing", reason)
+            for name, data in self.data.items()
+            for i, reason in data.dropped
+        ]
+        if dropped := [*self.splits.dropped, *nothing]:
+            self.directory.write_text("dropped.jsonl", as_lines(dropped))
 
     def _refuse_other_input(self, state: dict[str, Any], checkpoint: Path) -> None:
         if state["data_digest"] != self.splits.digest:

@@ -18,7 +18,7 @@ from .config import Config
 from .config_reading import load_config
 from .errors import ConfigError, EngineError, StorageError
 
-OWN = ("config.yaml", "run.json", "metrics.jsonl", "failure.json", "checkpoints", "adapter", "merged")
+OWN = ("config.yaml", "run.json", "metrics.jsonl", "failure.json", "dropped.jsonl", "checkpoints", "adapter", "merged")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 

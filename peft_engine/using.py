@@ -68,7 +68,7 @@ def evaluate(
     """Metrics of a run's adapter on one of its splits, or on a file with the same columns.
 
     Returns:
-        {"split", "rows", "metrics"}.
+        {"split", "rows", "metrics"}, and "dropped" where `data.clean` let rows of `data` go.
     """
     _, config = find_run(path, overrides)
     if data is not None:  # what may be faulty is read before what takes time
@@ -87,7 +87,8 @@ def evaluate(
         if config.evaluation.generate_rows and opened.task.generates:
             examples = chosen.examples[: config.evaluation.generate_rows]
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
-    return {"split": data or split, "rows": len(chosen.examples), "metrics": metrics}
+    left_out = {"dropped": len(chosen.dropped)} if data is not None and chosen.dropped else {}
+    return {"split": data or split, "rows": len(chosen.examples), **left_out, "metrics": metrics}
 
 
 def predict(

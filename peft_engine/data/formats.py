@@ -11,10 +11,10 @@ Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or nam
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ..errors import ConfigError, DataError
-from .messages import Malformed, as_conversation, as_tools
+from .messages import Empty, Malformed, as_conversation, as_tools
 from .parsing import Row, shown
 from .reading import Rows
 
@@ -163,19 +163,32 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
     Raises:
         DataError: rows that can't be learned from. The first is named, the others are counted.
     """
+    examples, faults = convert_rows(rows, layout)
+    if faults:
+        refuse_rows(rows, faults)
+    return list(examples.values())
+
+
+def convert_rows(rows: Rows, layout: Layout) -> tuple[dict[int, Example], list[tuple[int, Malformed]]]:
+    """The example of each row that can be learned from, by the row's number, and what is wrong with the others."""
     convert = _CONVERTERS[layout.kind]
-    examples: list[Example] = []
+    examples: dict[int, Example] = {}
     faults: list[tuple[int, Malformed]] = []
     for i, row in enumerate(rows.rows):
         try:
-            examples.append(convert(row, layout))
+            examples[i] = convert(row, layout)
         except Malformed as fault:
             faults.append((i, fault))
-    if faults:
-        first, problem = faults[0]
-        others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
-        raise DataError(f"{rows.where(first)}: {problem}.{others}", "Mend or remove such rows.")
-    return examples
+    return examples, faults
+
+
+def refuse_rows(rows: Rows, faults: list[tuple[int, Malformed]]) -> NoReturn:
+    """Raise a DataError that names the first of the faulty rows and counts the others."""
+    first, problem = faults[0]
+    others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
+    setting = "empty" if isinstance(problem, Empty) else "malformed"
+    fix = f"Mend or remove such rows, or set data.clean.{setting}: drop."
+    raise DataError(f"{rows.where(first)}: {problem}.{others}", fix)
 
 
 def is_conversation(example: Example) -> bool:
@@ -195,7 +208,7 @@ def _labelled_example(row: Row, layout: Layout) -> Example:
         if column not in row:
             raise Malformed(f"column {column!r} is not in this row")
         if label is None or label != label or (isinstance(label, str) and label.strip().lower() in ("", "nan")):
-            raise Malformed(f"the label in column {column!r} is {label!r}, that is missing")
+            raise Empty(f"the label in column {column!r} is {label!r}, that is missing")
         example["label"] = label
     return example
 
@@ -237,9 +250,9 @@ def _filled_string(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         got = f"is {shown(value)}, a string was expected" if column in row else "is not in this row"
-        raise Malformed(f"column {column!r} {got}")
+        raise (Empty if value is None and column in row else Malformed)(f"column {column!r} {got}")
     if not value.strip():
-        raise Malformed(f"column {column!r} is empty" if not value else f"column {column!r} is blank ({value[:20]!r})")
+        raise Empty(f"column {column!r} is empty" if not value else f"column {column!r} is blank ({value[:20]!r})")
     return value
 
 

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -46,6 +47,11 @@ def inspect_splits(splits: Splits, encoded: dict[str, EncodedSet]) -> dict[str, 
             }
             for name, split in parts.items()
         },
+        "sources": list(report.sources),
+        "removed": dict(report.removed),
+        "removed_first": [asdict(row) for row in splits.dropped[:SHOWN_DROPPED]],
+        "near_method": report.near_method,
+        "near_dropped": report.near_dropped,
         "contradictory": report.contradictory,
         "leaked_where": list(report.leaked_where),
         "near_where": list(report.near_where),
@@ -82,6 +88,8 @@ def print_inspection(report: dict[str, Any], console: Console) -> None:
     for title, values in _lines(parts):
         table.add_row(title, *values)
     console.print(table)
+    if report["sources"]:
+        console.print(_source_table(report["sources"]))
     if report["labels"] and report["labels"]["kind"] != "regression":
         console.print(_label_table(parts, report["labels"]["names"]))
     for text in _warnings(report):
@@ -195,6 +203,16 @@ def _label_table(parts: dict[str, dict[str, Any]], names: list[str]) -> Table:
     return table
 
 
+def _source_table(sources: list[dict[str, Any]]) -> Table:
+    table = Table(title="Rows per source of data.train", title_justify="left")
+    for title in ("source", "weight", "rows", "in train", "seen per epoch"):
+        table.add_column(title, justify="left" if title == "source" else "right")
+    for part in sources:
+        counts = (f"{part[key]:,}" for key in ("rows", "train", "epoch"))
+        table.add_row(Text(_visible(part["path"])), f"{part['weight']:g}", *counts)
+    return table
+
+
 def _warnings(report: dict[str, Any]) -> list[str]:
     """Sentences about faults of the data."""
     lines = []
@@ -204,11 +222,16 @@ def _warnings(report: dict[str, Any]) -> list[str]:
                 f"Leakage: {facts['leaked_into_train']:,} training rows stand in {name} too; removed from train."
             )
         if facts["near_train"]:
-            lines.append(f"Near duplicates: {facts['near_train']:,} training rows are almost those of {name}; kept.")
+            done = "removed from train" if report["near_dropped"] else "kept"
+            lines.append(f"Near duplicates: {facts['near_train']:,} training rows are almost those of {name}; {done}.")
         for dropped in facts.get("dropped_first", []):
             lines.append(f"Dropped from {name}: {dropped['where']}: {dropped['reason']}")
     lines += [f"  leaked: {pair}" for pair in report["leaked_where"]]
     lines += [f"  near: {pair}" for pair in report["near_where"]]
+    for name, kinds in report["removed"].items():
+        told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        lines.append(f"Left out of {name}: {told}.")
+    lines += [f"  left out: {row['where']}: {row['kind']}: {row['reason']}" for row in report["removed_first"]]
     if report["contradictory"]:
         lines.append(f"Contradictory: {report['contradictory']:,} inputs have more than one label.")
     return [_visible(line) for line in lines + [f"Note: {note}" for note in report["notes"]]]
