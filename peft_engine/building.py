@@ -15,19 +15,21 @@ from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
+from .tasks.weighting import for_training
 from .training.optim import make_optimizer
 from .training.state import Trainee
 
 
 def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
     """Every split that there is, tokenised (from the cache where it holds them)."""
-    found = {}
+    found: dict[str, EncodedSet] = {}
     for name in ("train", "eval", "test"):
         split = getattr(splits, name)
         if split is not None:
             found[name] = encode_split(
                 split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
             )
+    found["train"] = for_training(found["train"], splits, config)
     return found
 
 
@@ -66,7 +68,9 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
         Trainee(
             member,
             make_optimizer(member, config, runtime.device),
-            BatchPlan(data.lengths, settings.batch_size, member.spec.seed, config.data.group_by_length),
+            BatchPlan(
+                data.lengths, settings.batch_size, member.spec.seed, config.data.group_by_length, mixture=data.mixture
+            ),
             micro,
         )
         for member in group.members

@@ -147,7 +147,18 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for name, reason in inapplicable(values).items():
         if lookup(given, name) not in NEUTRAL:
             faults.append(Fault(tuple(name.split(".")), reason))
-    for check in (_empty_text, _splits, _labels, _targets, _patterns, _steps, _budget):
+    for check in (
+        _empty_text,
+        _splits,
+        _labels,
+        _sources,
+        _class_weights,
+        _augment,
+        _targets,
+        _patterns,
+        _steps,
+        _budget,
+    ):
         faults.extend(check(values))
     if lookup(values, "adapter.method") == "lora":
         faults.extend(_options(values))
@@ -205,6 +216,38 @@ def _labels(values: Tree) -> Iterator[Fault]:
         )
     if lookup(values, "data.label_type") == "regression":
         yield Fault(("data", "labels"), "regression has no classes; remove it, or set data.label_type: single")
+
+
+def _sources(values: Tree) -> Iterator[Fault]:
+    train = lookup(values, "data.train")
+    paths = train_sources(values) if isinstance(train, list) else []
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            text = f"got {path} a second time; name it once, with a weight"
+            yield Fault(("data", "train", i, "path"), text)
+
+
+def _class_weights(values: Tree) -> Iterator[Fault]:
+    path, weights = ("data", "class_weights"), lookup(values, "data.class_weights")
+    kind, labels = lookup(values, "data.label_type"), lookup(values, "data.labels")
+    if weights == "none" or weights is None:
+        return
+    if kind in ("multi", "regression"):
+        yield Fault(path, f"weighs rows of one class each, and data.label_type is {kind}; remove it")
+    elif isinstance(weights, Mapping):
+        names = [str(label) for label in labels or []]
+        for name in weights:
+            if names and name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:10])}"
+                yield Fault((*path, name), f"is no class of data.labels; {hint}")
+
+
+def _augment(values: Tree) -> Iterator[Fault]:
+    text = lookup(values, "data.augment.text")
+    if text and any(text.values()) and lookup(values, "data.packing"):
+        told = "changes lengths, and data.packing lays sequences out by them; leave one of the two out"
+        yield Fault(("data", "augment", "text"), told)
 
 
 def _targets(values: Tree) -> Iterator[Fault]:

@@ -47,6 +47,11 @@ KEYS = {
     "data.path": "data.train",
     "data.name": "data.train",
     "data.file": "data.train",
+    "mix_probs": "data.train",
+    "interleave_probs": "data.train",
+    "dataset_mixer": "data.train",
+    "data_mixer": "data.train",
+    "datasets_weights": "data.train",
     "validation": "data.eval",
     "validation_file": "data.eval",
     "eval_file": "data.eval",
@@ -80,6 +85,21 @@ KEYS = {
     "label_column": "data.columns.label",
     "label_names": "data.labels",
     "cache_dir": "data.cache",
+    "class_weight": "data.class_weights",
+    "loss_weights": "data.class_weights",
+    "augmentation": "data.augment",
+    "augmentations": "data.augment",
+    "deduplicate": "data.near_duplicates",
+    "dedup": "data.near_duplicates",
+    "minhash_threshold": "data.near_threshold",
+    "jaccard_threshold": "data.near_threshold",
+    "drop_duplicates": "data.clean.duplicates",
+    "skip_malformed": "data.clean.malformed",
+    "ignore_errors": "data.clean.malformed",
+    "word_dropout": "data.augment.text.token_dropout",
+    "token_drop": "data.augment.text.token_dropout",
+    "mask_prob": "data.augment.text.masking",
+    "aeda": "data.augment.text.punctuation",
     # training
     "trainer": "training",
     "training_args": "training",
@@ -207,11 +227,19 @@ VALUES = {
     "training.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "32": "fp32", "no": "fp32"},
     "data.supervise": {"completion": "last", "assistant_only": "assistant", "full": "all"},
     "data.label_type": {"multilabel": "multi", "multi_label": "multi", "multiclass": "single", "float": "regression"},
+    "data.near_duplicates": {"remove": "drop", "none": "off", "minhash": "report", "true": "drop", "false": "off"},
+    "data.clean.malformed": {"skip": "drop", "remove": "drop", "error": "refuse", "raise": "refuse"},
+    "data.clean.empty": {"skip": "drop", "remove": "drop", "error": "refuse", "raise": "refuse"},
+    "data.clean.duplicates": {"remove": "drop", "first": "drop", "refuse": "keep"},
+    "data.clean.contradictory": {"remove": "drop", "vote": "majority", "refuse": "keep"},
+    "data.class_weights": {"auto": "balanced", "inverse": "balanced", "off": "none"},
     "kernels": {"none": "off"},
 }
 """Other tools' words for our values."""
 
 EXPECTED = {
+    "data.train": "a file or hub data set, or a list of {path: FILE, weight: NUMBER}",
+    "data.train[]": "{path: FILE, weight: NUMBER}",
     "adapter.init": "one of default, gaussian, orthogonal, olora, pissa, or pissa_niter_N such as pissa_niter_16",
 }
 """What a setting takes, where its type alone can't say it well."""

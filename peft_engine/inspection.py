@@ -11,6 +11,7 @@ from .data.encoding import EncodedSet, cache_folder, encode_split
 from .data.inspecting import inspect_splits, mask_preview, print_inspection
 from .data.splitting import load_splits
 from .tasks import Task, make_task
+from .tasks.weighting import for_training
 
 
 def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Callable[[Console], None]]:
@@ -23,6 +24,7 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
     there = {name: split for name in ("train", "eval", "test") if (split := getattr(splits, name)) is not None}
     cache = cache_folder(config.data.cache)
     encoded = {name: encode_split(split, task.encode, task.fingerprint(), None, cache) for name, split in there.items()}
+    encoded["train"] = for_training(encoded["train"], splits, config)
     report = inspect_splits(splits, encoded)
 
     def show(console: Console) -> None:

@@ -64,7 +64,7 @@ REMOVALS = (
     R("01", "training/step.py", "loss = task.training_loss(group.model, batch) / units",
       'loss = task.training_loss(group.model, batch) / (batch["labels"][:, 1:] != -100).sum() / len(micro_batches)',
       "accumulation_equals_one_big_batch"),
-    R("01", "training/loop.py", "units = int(self.data.units[rows].sum())", "units = len(rows)",
+    R("01", "training/loop.py", "units = self.data.units[rows].sum().item()", "units = len(rows)",
       "loss_is_the_mean_over_all_supervised_tokens"),
     R("01", "tasks/causal_lm.py", "use_cache=False, num_items_in_batch=1).loss", "use_cache=False).loss",
       "accumulation_equals_one_big_batch"),

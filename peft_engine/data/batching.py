@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .mixing import Mixture
+
 MEGA = 50  # batches whose rows are sorted by length together, at most
 
 
@@ -14,25 +16,28 @@ class BatchPlan:
 
     Each epoch is a fresh permutation of all rows; its last batch may be smaller. With `group_by_length`, rows are
     sorted by length inside runs of up to 50 batches (a quarter of the data at most, so that epochs differ), and the
-    batches are shuffled again: a batch pads little.
+    batches are shuffled again: a batch pads little. With a mixture an epoch is a permutation of what it draws.
 
     Args:
         lengths: tokens per row, int64 (rows,).
         batch_size: rows per optimizer step, over all processes.
         seed: order of this member.
+        mixture: how often the rows of each source are seen; None shows each once per epoch.
     """
 
     lengths: np.ndarray
     batch_size: int
     seed: int
     group_by_length: bool
+    mixture: Mixture | None = None
     _epoch: int = field(default=-1, init=False)
     _batches: list[np.ndarray] = field(default_factory=list, init=False)
     _heaviest: dict[int, int] = field(default_factory=dict, init=False)
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
+        rows = len(self.lengths) if self.mixture is None else self.mixture.size
+        return math.ceil(rows / self.batch_size)
 
     def epoch_of(self, step: int) -> int:
         """Epoch (from 0) of an optimizer step (from 1)."""
@@ -47,7 +52,7 @@ class BatchPlan:
 
     def _permute(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
+        order = rng.permutation(len(self.lengths) if self.mixture is None else self.mixture.draw(rng))
         size = self.batch_size
         if not self.group_by_length:
             return [order[i : i + size] for i in range(0, len(order), size)]

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from ..errors import DataError
 from .formats import Example
+from .mixing import Mixture
 from .splitting import Split
 
 FORMAT = 2
@@ -49,11 +50,12 @@ class EncodedSet:
     Attributes:
         input_ids: int32 (total_tokens,).
         offsets: int64 (sequences + 1,).
-        units: int64 (sequences,), see `EncodedRow`.
+        units: int64 (sequences,), see `EncodedRow`; float64 where the training loss is weighted.
         rows: int64 (sequences,), index of the source row.
         columns: each (total_tokens,) or (sequences, ...).
         dropped: source rows that teach nothing after truncation, with the reason.
         truncated: number of source rows that lost tokens.
+        mixture: of a training split from several sources; None where each row is seen once per epoch.
     """
 
     input_ids: np.ndarray
@@ -63,6 +65,7 @@ class EncodedSet:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: list[tuple[int, str]] = field(default_factory=list)
     truncated: int = 0
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

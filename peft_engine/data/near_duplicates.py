@@ -6,7 +6,7 @@ locality-sensitive hashing (`datasketch`) and then compared exactly, so that non
 at the threshold is missed with a probability below 1e-4. Training rows are compared with held-out rows only.
 
 Of a conversation the words of the user count, since a system prompt stands in every row. For the same reason 3-grams
-that stand in more than a tenth of the held-out rows (and in more than 50) are a template's and count nowhere.
+that stand in more than a hundredth of the held-out rows (and in more than 50) are a template's and count nowhere.
 
 Before any hashing, rows that can't reach the threshold are let go exactly: a row with n 3-grams needs at least t·n of
 them somewhere on the other side. On most data that leaves few rows to hash.
@@ -25,8 +25,8 @@ from .formats import Example
 GRAM = 3
 PERMUTATIONS = 128
 MISSED = 1e-4  # largest probability that a pair at the threshold is no candidate
-AFFORDABLE = 200_000_000  # characters that `report` looks at: about two minutes of one core
-TEMPLATE_SHARE, TEMPLATE_ROWS = 0.1, 50
+AFFORDABLE = 100_000_000  # characters that `report` looks at: about 20 seconds of one core
+TEMPLATE_SHARE, TEMPLATE_ROWS = 0.01, 50
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _pairs(
     index = MinHashLSH(threshold, PERMUTATIONS, params=bands(threshold))
     for k, row in others.items():
         index.insert(k, sketch(row), check_duplication=False)
-    found = []
+    found: list[Near] = []
     for i, row in mine.items():
         best: dict[str, Near] = {}
         for k in sorted(index.query(sketch(row))):

@@ -24,6 +24,7 @@ from ..data.formats import Example
 from ..data.labels import Labels
 from .base import Batch, pad_tokens, probe_tokens
 from .class_metrics import ClassMeter, predictions
+from .weighting import LABEL, WEIGHT, add_weights, weighted_cross_entropy
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD = "classifier"  # name of the mean-pooled head's linear layer
@@ -116,11 +117,12 @@ class TextClassification:
         if "label" in data.columns:
             dtype = torch.int64 if self.labels.kind == "single" else torch.float32
             batch["label"] = torch.from_numpy(data.columns["label"][rows]).to(dtype)
+            add_weights(batch, data, rows)
         return batch
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, classes), or (rows, 1) for regression."""
-        return model(**{name: tensor for name, tensor in batch.items() if name != "label"}).logits
+        return model(**{name: tensor for name, tensor in batch.items() if name not in (LABEL, WEIGHT)}).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Sum over rows: cross-entropy; mean over classes of binary cross-entropy; squared error."""
@@ -132,7 +134,10 @@ class TextClassification:
         return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.loss(self.forward(model, batch), batch)
+        logits = self.forward(model, batch)
+        if WEIGHT in batch:
+            return weighted_cross_entropy(logits, batch[LABEL], batch[WEIGHT])
+        return self.loss(logits, batch)
 
     def meter(self) -> ClassMeter:
         return ClassMeter(self)

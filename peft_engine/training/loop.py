@@ -122,7 +122,7 @@ class Loop:
     def _gradients(self, trainee: Trainee, step: int) -> Gradients:
         """Gradients of a step; halves the micro-batch on out-of-memory and begins the same step again (trap 24)."""
         rows = trainee.plan.rows(step)
-        units = int(self.data.units[rows].sum())
+        units = self.data.units[rows].sum().item()
         own = rows[self.runtime.rank :: self.runtime.world]
         tensors = list(trainee.member.tensors.values())
         while True:
@@ -203,7 +203,7 @@ class Loop:
     def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
         """Add a step to the meters, and write a row every `log_every` steps."""
         rows = trainee.plan.rows(step)
-        tokens, units = int(self.data.lengths[rows].sum()), int(self.data.units[rows].sum())
+        tokens, units = int(self.data.lengths[rows].sum()), self.data.units[rows].sum().item()
         trainee.total_tokens += tokens
         trainee.train_seconds += seconds
         if not measured and step > 1:
@@ -215,7 +215,7 @@ class Loop:
         row = {
             "step": step,
             "epoch": step / trainee.plan.steps_per_epoch,
-            "loss": window["loss"] / max(1, window["units"]),
+            "loss": window["loss"] / (window["units"] or 1),
             "learning_rate": trainee.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens_per_second": window["tokens"] / window["seconds"],

@@ -36,7 +36,7 @@ def gradients(
     task: Task,
     data: EncodedSet,
     micro_batches: Sequence[np.ndarray],
-    units: int,
+    units: float,
     tensors: Sequence[nn.Parameter],
     runtime: Runtime,
     seed: int,
@@ -48,7 +48,8 @@ def gradients(
 
     Args:
         micro_batches: this process's rows of the step, in pieces.
-        units: supervised units of the global batch over all processes, known from the data.
+        units: supervised units of the global batch over all processes, known from the data; their weights' sum where
+            classes are weighted.
         seed: of this member and step; with a row's number it names the row's dropout masks in a fused model, which
             therefore depend neither on the cut into micro-batches nor on the number of processes.
     """
