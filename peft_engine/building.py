@@ -15,7 +15,7 @@ from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
-from .tasks.weighting import for_training
+from .tasks.preparing import for_training
 from .training.optim import make_optimizer
 from .training.state import Trainee
 
@@ -29,7 +29,7 @@ def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, Encod
             found[name] = encode_split(
                 split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
             )
-    found["train"] = for_training(found["train"], splits, config)
+    found["train"] = for_training(found["train"], splits, task, config)
     return found
 
 

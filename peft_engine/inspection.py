@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -10,8 +11,9 @@ from .config import Config
 from .data.encoding import EncodedSet, cache_folder, encode_split
 from .data.inspecting import inspect_splits, mask_preview, print_inspection
 from .data.splitting import load_splits
+from .runtime import combine
 from .tasks import Task, make_task
-from .tasks.weighting import for_training
+from .tasks.preparing import for_training
 
 
 def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Callable[[Console], None]]:
@@ -24,7 +26,7 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
     there = {name: split for name in ("train", "eval", "test") if (split := getattr(splits, name)) is not None}
     cache = cache_folder(config.data.cache)
     encoded = {name: encode_split(split, task.encode, task.fingerprint(), None, cache) for name, split in there.items()}
-    encoded["train"] = for_training(encoded["train"], splits, config)
+    encoded["train"] = for_training(encoded["train"], splits, task, config)
     report = inspect_splits(splits, encoded)
 
     def show(console: Console) -> None:
@@ -32,6 +34,11 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
         for row in range(min(preview_rows, len(encoded["train"]))):
             console.print(f"\n{splits.train.where[int(encoded['train'].rows[row])]}", style="bold", highlight=False)
             console.print(Text.from_ansi(_preview(task, encoded["train"], row, console.is_terminal)), soft_wrap=True)
+            if encoded["train"].change is not None:
+                seed = combine(config.training.seed, 4, 1)  # as the first step would have it
+                changed, _ = encoded["train"].drawn(np.array([row]), seed)
+                console.print("augmented:", style="bold", highlight=False)
+                console.print(Text.from_ansi(_preview(task, changed, 0, console.is_terminal)), soft_wrap=True)
         for row, reason in encoded["train"].dropped[:preview_rows]:
             where = splits.train.where[row]
             console.print(f"\n{where} (dropped: {reason})", style="bold", highlight=False)

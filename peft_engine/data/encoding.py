@@ -56,6 +56,8 @@ class EncodedSet:
         dropped: source rows that teach nothing after truncation, with the reason.
         truncated: number of source rows that lost tokens.
         mixture: of a training split from several sources; None where each row is seen once per epoch.
+        change: augmentation of a training split (set, rows, seed of member and step) → a set of these rows alone, in
+            this order; None changes nothing. It depends on nothing but its arguments, row by row.
     """
 
     input_ids: np.ndarray
@@ -66,6 +68,7 @@ class EncodedSet:
     dropped: list[tuple[int, str]] = field(default_factory=list)
     truncated: int = 0
     mixture: Mixture | None = None
+    change: "Change | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,7 +86,12 @@ class EncodedSet:
         """A per-token column of sequence i, (length,)."""
         return self.columns[name][self.offsets[i] : self.offsets[i + 1]]
 
+    def drawn(self, rows: np.ndarray, seed: int) -> "tuple[EncodedSet, np.ndarray]":
+        """The rows as a step of training sees them: what `Task.collate` takes."""
+        return (self, rows) if self.change is None else (self.change(self, rows, seed), np.arange(len(rows)))
 
+
+Change = Callable[[EncodedSet, np.ndarray, int], EncodedSet]
 Encode = Callable[[Example, str], "list[EncodedRow] | str"]
 
 

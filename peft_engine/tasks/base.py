@@ -1,6 +1,6 @@
 """What a task must give the engine, and what tasks share."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -110,6 +110,17 @@ class Task(Protocol):
 
     def as_plain(self, model: nn.Module) -> None:
         """Take away, in place, what the engine gave the model's class, before it is saved."""
+        ...
+
+
+@runtime_checkable
+class Templated(Protocol):
+    """A task whose rows may go through a chat template, which writes tokens of its own round those of the rows."""
+
+    def is_templated(self, example: Example) -> bool: ...
+
+    def written(self, example: Example, where: str) -> list[bool]:
+        """Per token of the whole row whether it stands for what somebody wrote, and not for the template."""
         ...
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..adapters.fusing import fuses_loss
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
 from ..config import Config, EvaluationConfig
+from ..data.augmenting_text import written_tokens
 from ..data.chat import Rendered, check_stop_token, encode_rendered, render_messages
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example, is_conversation
@@ -70,6 +71,14 @@ class CausalLM:
         ids, supervised, _ = self._tokens(example, where)
         limit = self.config.data.max_length
         return ids[:limit], [False, *supervised[1:limit]][: len(ids)]
+
+    def is_templated(self, example: Example) -> bool:
+        return is_conversation(example)
+
+    def written(self, example: Example, where: str) -> list[bool]:
+        turns = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+        texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
+        return written_tokens(self.tokenizer, self._render(example, where).text, texts)
 
     def _tokens(self, example: Example, where: str) -> tuple[list[int], list[bool], list[int]]:
         """A whole row: input_ids, supervised, text bytes, each (length,)."""

@@ -14,48 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import Config
 from ..data.encoding import EncodedSet
 from ..data.labels import Labels
-from ..data.mixing import mixture
-from ..data.splitting import Splits
 from ..errors import ConfigError
 
 IGNORED = -100
-LABEL, WEIGHT = "label", "weight"
-
-
-def for_training(data: EncodedSet, splits: Splits, config: Config) -> EncodedSet:
-    """The tokenised training split with what training alone needs: its mixture and its class weights.
-
-    Raises:
-        ConfigError: `data.class_weights` does not fit the labels.
-    """
-    data = dataclasses.replace(data, mixture=mixture(config, splits.train.sources, data.rows))
-    if config.data.class_weights == "none":
-        return data
-    assert splits.labels is not None, "class weights need classes"
-    shares = np.ones(len(data)) if data.mixture is None else data.mixture.shares()
-    return weighted(data, splits.labels, config.data.class_weights, shares)
+LABEL, TAG, WEIGHT = "label", "tag", "weight"
 
 
 def weighted(data: EncodedSet, labels: Labels, setting: Any, shares: np.ndarray) -> EncodedSet:
-    """The split with the column `weight`, float32 and shaped as `label`, and units to match, float64.
+    """The split with the column `weight`, float32, and units to match, float64.
 
     Args:
-        data: its column `label` holds class ids, (sequences,) or (total_tokens,); -100 is no label.
+        data: class ids are in its column `label`, (sequences,), or `tag`, (total_tokens,), where -100 is no tag.
         setting: `balanced`, or weights by class name.
         shares: how often each sequence is seen in an epoch, float64 (sequences,).
     """
-    ids = data.columns[LABEL]
-    per_token = len(ids) == len(data.input_ids) and len(ids) != len(data)
-    often = np.repeat(shares, data.lengths) if per_token else shares
-    real = ids != IGNORED
-    if labels.kind != "single":
+    if labels.kind not in ("single", "tags"):
         raise ConfigError(
             f"data.class_weights: the labels are of type {labels.kind}, where no row has one class.",
             "Set it to none.",
         )
+    per_token = TAG in data.columns
+    ids = data.columns[TAG if per_token else LABEL]
+    often = np.repeat(shares, data.lengths) if per_token else shares
+    real = ids != IGNORED
     counts = np.bincount(ids[real].astype(np.int64), often[real], len(labels.names))
     weights = class_weights(labels.names, counts, setting)
     column = np.where(real, weights[np.where(real, ids, 0)], 0.0).astype(np.float32)
@@ -91,13 +74,13 @@ def class_weights(names: list[str], counts: np.ndarray, setting: Any) -> np.ndar
 
 
 def add_weights(batch: dict[str, Tensor], data: EncodedSet, rows: np.ndarray) -> None:
-    """Put the weights of `rows` beside their labels, shaped and padded as `batch["label"]`; nothing without weights."""
+    """Put the weights of `rows` beside their labels or (rows, length) tags; nothing where classes are not weighted."""
     if WEIGHT not in data.columns:
         return
-    if batch[LABEL].dim() == 1:
+    if TAG not in batch:
         batch[WEIGHT] = torch.from_numpy(data.columns[WEIGHT][rows])
         return
-    filled = np.zeros(tuple(batch[LABEL].shape), dtype=np.float32)
+    filled = np.zeros(tuple(batch[TAG].shape), dtype=np.float32)
     for line, row in enumerate(rows):
         own = data.token_column(WEIGHT, int(row))
         filled[line, : len(own)] = own

@@ -182,7 +182,8 @@ class Loop:
             if trainee.skipped < SKIPS_IN_A_ROW:
                 return
         trainee.optimizer.zero_grad(set_to_none=True)
-        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime)
+        seed = combine(trainee.member.spec.seed, 4, step)
+        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime, seed)
         rows = describe_rows(self.data, self.where, bad or [int(r) for r in trainee.plan.rows(step)])
         self.hooks.fail(
             {"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
