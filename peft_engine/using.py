@@ -13,7 +13,7 @@ from .adapters.files import load_adapter
 from .adapters.group import Group
 from .building import refuse_too_long
 from .config import Config
-from .config_checks import LABELLED
+from .config_checks import LABELLED, PREFERENCE
 from .data.encoding import encode_split
 from .data.labels import Labels
 from .data.splitting import Split, load_one, load_splits
@@ -71,6 +71,11 @@ def evaluate(
         {"split", "rows", "metrics"}.
     """
     _, config = find_run(path, overrides)
+    if config.task in PREFERENCE:
+        raise ConfigError(
+            f"evaluate: a {config.task} run is judged against its reference, which only training holds.",
+            "Its metrics before and after are in run.json; use predict or generate.",
+        )
     if data is not None:  # what may be faulty is read before what takes time
         chosen, _ = load_one(data, config, need_label=True, default_split="test")
     else:
