@@ -189,12 +189,13 @@ class Driver:
 
     def run(self) -> None:
         """Train from the trainee's step to the last. Raises as `training.loop.Loop.run` does."""
-        done = self.trainee.step
+        done, training = self.trainee.step, self.config.training
         if done >= self.total_steps:
             return
         with quiet(), tempfile.TemporaryDirectory() as folder:
             if done:  # the trainer reads where it was from a folder; weights and optimizer are in place already
                 state = TrainerState(global_step=done, epoch=self._epoch(done), max_steps=self.total_steps)
+                state.train_batch_size, state.logging_steps = self.trainer.args.train_batch_size, training.log_every
                 state.save_to_json(str(Path(folder) / TRAINER_STATE_NAME))
             try:
                 self.trainer.train(resume_from_checkpoint=folder if done else None)
@@ -216,7 +217,7 @@ class Driver:
         if split not in self.prepared:
             self.prepared[split] = self._prepare(getattr(self.run_.splits, split))
         seed_everything(self.config.training.seed, 5)
-        with quiet():
+        with quiet(), refused(self.config.task):  # the first use of TRL's options, before any training
             found = self.trainer.evaluate(self.prepared[split])
         measured = {name.removeprefix("eval_"): value for name, value in found.items()}
         left_out = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
@@ -240,7 +241,7 @@ class Steps(TrainerCallback):
         self.began = 0.0
         self.losses: list[torch.Tensor] = []
         self.tokens = 0
-        self.window = [0.0, 0.0]  # tokens and seconds since the last logged row
+        self.row: dict[str, float] = {}  # of the window that ends with this step
         self.meter: LiveBytes | None = None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -277,7 +278,13 @@ class Steps(TrainerCallback):
         trainee.step = step
         trainee.train_seconds += seconds
         trainee.total_tokens += self.tokens
-        self.window = [self.window[0] + self.tokens, self.window[1] + seconds]
+        window, loss = trainee.window, float(torch.stack(self.losses).sum())
+        for name, value in {"loss": loss, "units": 1, "tokens": self.tokens, "seconds": seconds}.items():
+            window[name] += value
+        if step % driver.config.training.log_every == 0:
+            rate = window["tokens"] / window["seconds"]
+            self.row = {"loss": window["loss"] / window["units"], "tokens_per_second": rate}
+            trainee.window = dict.fromkeys(window, 0)  # before the checkpoint: this row is written
         if step > 1 and not measured:
             trainee.step_seconds.append(seconds)
             trainee.timed_tokens += self.tokens
@@ -318,10 +325,8 @@ class Hooked:
         driver, step = self.driver, self.state.global_step  # type: ignore[attr-defined]
         if "loss" not in logs:
             return
-        tokens, seconds = driver.steps.window
-        driver.steps.window = [0.0, 0.0]
         rate = driver.trainee.optimizer.param_groups[0]["lr"]
-        row = {"step": step, **logs, "learning_rate": rate, "tokens_per_second": tokens / seconds}
+        row = {"step": step, **logs, "learning_rate": rate, **driver.steps.row}
         driver.run_.directory.append_metrics(row)
         driver.run_.view.step(step, driver.total_steps, row)
 

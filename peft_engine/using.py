@@ -23,7 +23,7 @@ from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
 from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
-from .tasks import Task, make_task
+from .tasks import TASKS, Task, make_task
 
 
 @dataclass
@@ -142,11 +142,11 @@ def generate(
     """Continue a prompt, through the chat template where the run learned conversations.
 
     Raises:
-        ConfigError: no finished causal-lm run, or nothing to answer.
+        ConfigError: no finished run that answers with text, or nothing to answer.
     """
     folder, config = find_run(path, overrides)
-    if config.task != "causal-lm":
-        raise ConfigError(f"generate needs a causal-lm run, {folder} is {config.task}.", "Use predict.")
+    if not TASKS[config.task].generates:
+        raise ConfigError(f"generate needs a run that answers with text, {folder} is {config.task}.", "Use predict.")
     if not prompt.strip():
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
     opened = open_run(path, overrides)
