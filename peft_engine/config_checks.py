@@ -221,6 +221,11 @@ def _labels(values: Tree) -> Iterator[Fault]:
 def _sources(values: Tree) -> Iterator[Fault]:
     train = lookup(values, "data.train")
     paths = train_sources(values) if isinstance(train, list) else []
+    task = lookup(values, "task")
+    for i, part in enumerate(train if isinstance(train, list) and task in PREFERENCE else []):
+        if isinstance(part, Mapping) and part.get("weight", 1.0) != 1.0:
+            told = f"applies to the tasks that train in our own loop, and the task is {task}; remove it"
+            yield Fault(("data", "train", i, "weight"), told)
     for i, path in enumerate(paths):
         if path in paths[:i]:
             text = f"got {path} a second time; name it once, with a weight"
