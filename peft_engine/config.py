@@ -154,7 +154,7 @@ class SourceConfig(Section):
     path: str
     """File, folder or hub data set."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a row of it is seen in an epoch: 2 is twice, 0.5 is a fresh half of its rows in each epoch."""
+    """How often a row of it is seen in an epoch of training: 2 is twice, 0.5 is a fresh half of its rows in each."""
     columns: dict[Part, str] = {}
     """Columns of this source, where they are not those of `data.columns`."""
 
@@ -163,9 +163,9 @@ class CleanConfig(Section):
     """What is done with faulty rows. Every row that is dropped is counted and reported."""
 
     malformed: Literal["refuse", "drop"] = "refuse"
-    """Rows that can't be read or lack a part that is needed."""
+    """Rows that can't be read or lack a part that is needed, in any split. More than half of a file is refused."""
     empty: Literal["refuse", "drop"] = "refuse"
-    """Rows whose text or label is empty."""
+    """Rows whose text or label is empty, in any split."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Rows that repeat an earlier one of their split, answer included."""
     contradictory: Literal["keep", "drop", "majority"] = "keep"
@@ -241,7 +241,8 @@ class DataConfig(Section):
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity from which on two rows are near duplicates."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
-    """Weight of each class in the training loss; `balanced` is inverse to its frequency, mean 1 over the rows."""
+    """Weight of each class in the training loss, a mean weighted over the whole batch; evaluation is not weighted.
+    `balanced` is inverse to its frequency, mean 1 over the rows; by name, classes that are not named weigh 1."""
     augment: AugmentConfig = AugmentConfig()
     """Changes to training rows."""
     image_size: Annotated[int, Field(ge=8)] | None = None

@@ -14,6 +14,7 @@ from .data.splitting import load_splits
 from .runtime import combine
 from .tasks import Task, make_task
 from .tasks.preparing import for_training
+from .tasks.weighting import weights_by_class
 
 
 def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Callable[[Console], None]]:
@@ -28,9 +29,13 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
     encoded = {name: encode_split(split, task.encode, task.fingerprint(), None, cache) for name, split in there.items()}
     encoded["train"] = for_training(encoded["train"], splits, task, config)
     report = inspect_splits(splits, encoded)
+    report["class_weights"] = weights_by_class(encoded["train"], splits.labels)
 
     def show(console: Console) -> None:
         print_inspection(report, console)
+        if report["class_weights"]:
+            told = ", ".join(f"{name} {weight:.4g}" for name, weight in report["class_weights"].items())
+            console.print(Text(f"Class weights of the training loss: {told}."))
         for row in range(min(preview_rows, len(encoded["train"]))):
             console.print(f"\n{splits.train.where[int(encoded['train'].rows[row])]}", style="bold", highlight=False)
             console.print(Text.from_ansi(_preview(task, encoded["train"], row, console.is_terminal)), soft_wrap=True)

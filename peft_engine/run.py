@@ -26,6 +26,7 @@ from .meters.time import PhaseTimer
 from .run_directory import RunDirectory, refuse_other_settings, storage_errors
 from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
+from .tasks.weighting import weights_by_class
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from .training.guards import Signals
 from .training.loop import Hooks, Loop
@@ -278,6 +279,7 @@ class Run:
                 **self.splits.report.to_json(),
                 "conversations": is_conversation(self.splits.train.examples[0]),
                 "digest": self.splits.digest,
+                "class_weights": weights_by_class(self.data["train"], self.splits.labels),
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},
             },

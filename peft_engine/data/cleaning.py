@@ -51,7 +51,7 @@ def usable(
     kinds = ["empty" if isinstance(problem, Empty) else "malformed" for _, problem in faults]
     kept = [fault for fault, kind in zip(faults, kinds, strict=True) if getattr(clean, kind) == "refuse"]
     if kept:
-        refuse_rows(rows, kept)
+        refuse_rows(rows, kept, layout)
     dropped = [Dropped(split, where, "malformed", problem) for where, problem in rows.skipped]
     dropped += [
         Dropped(split, rows.where(i), kind, str(problem)) for (i, problem), kind in zip(faults, kinds, strict=True)

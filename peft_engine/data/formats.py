@@ -187,7 +187,7 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
     """
     examples, faults = convert_rows(rows, layout)
     if faults:
-        refuse_rows(rows, faults)
+        refuse_rows(rows, faults, layout)
     return list(examples.values())
 
 
@@ -204,12 +204,12 @@ def convert_rows(rows: Rows, layout: Layout) -> tuple[dict[int, Example], list[t
     return examples, faults
 
 
-def refuse_rows(rows: Rows, faults: list[tuple[int, Malformed]]) -> NoReturn:
+def refuse_rows(rows: Rows, faults: list[tuple[int, Malformed]], layout: Layout) -> NoReturn:
     """Raise a DataError that names the first of the faulty rows and counts the others."""
     first, problem = faults[0]
     others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
     setting = "empty" if isinstance(problem, Empty) else "malformed"
-    fix = f"Mend or remove such rows, or set data.clean.{setting}: drop."
+    fix = "Mend or remove such rows" + (f", or set data.clean.{setting}: drop." if layout.answered else ".")
     raise DataError(f"{rows.where(first)}: {problem}.{others}", fix)
 
 

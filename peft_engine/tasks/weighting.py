@@ -73,6 +73,16 @@ def class_weights(names: list[str], counts: np.ndarray, setting: Any) -> np.ndar
     return np.array([setting.get(name, 1.0) for name in names])
 
 
+def weights_by_class(data: EncodedSet, labels: Labels | None) -> dict[str, float] | None:
+    """The weight of each class that the training split shows; None where classes are not weighted."""
+    if labels is None or WEIGHT not in data.columns:
+        return None
+    ids = data.columns[TAG if TAG in data.columns else LABEL].astype(np.int64)
+    shown, first = np.unique(ids, return_index=True)
+    pairs = zip(shown.tolist(), data.columns[WEIGHT][first].tolist(), strict=True)
+    return {labels.names[i]: weight for i, weight in pairs if i != IGNORED}
+
+
 def add_weights(batch: dict[str, Tensor], data: EncodedSet, rows: np.ndarray) -> None:
     """Put the weights of `rows` beside their labels or (rows, length) tags; nothing where classes are not weighted."""
     if WEIGHT not in data.columns:

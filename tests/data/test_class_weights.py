@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from tiny import assemble, class_rows, config, sentence, write_rows
 
-from peft_engine.adapters.group import MemberSpec
 from peft_engine.data.encoding import EncodedSet
 from peft_engine.data.labels import Labels
 from peft_engine.errors import ConfigError
@@ -43,9 +42,9 @@ def test_balanced_is_scikit_learns(tiny_model, tmp_path):
 
 def test_balanced_counts_what_a_mixture_shows(tiny_model, tmp_path):
     rows = [{"text": sentence(i, 4), "label": "ab"[i % 2]} for i in range(20)]
-    paths = [write_rows(tmp_path / f"{i}.jsonl", rows[10 * i : 10 * i + 10]) for i in range(2)]
-    sources = [{"path": str(paths[0])}, {"path": str(write_rows(paths[1], [{**row, "label": "a"} for row in rows[10:]])),
-                                         "weight": 2.0}]  # fmt: skip
+    one = write_rows(tmp_path / "one.jsonl", rows[:10])
+    two = write_rows(tmp_path / "two.jsonl", [{**row, "label": "a"} for row in rows[10:]])
+    sources = [{"path": str(one)}, {"path": str(two), "weight": 2.0}]
     data = assemble(settings(tiny_model, tmp_path, "balanced", data={"train": sources})).data["train"]
     wanted = compute_class_weight("balanced", classes=np.array([0, 1]), y=[0] * 25 + [1] * 5)
     assert sorted(set(data.columns["weight"].tolist())) == pytest.approx(sorted(wanted))
