@@ -79,7 +79,7 @@ def evaluate(
     if data is not None:  # what may be faulty is read before what takes time
         chosen, _ = load_one(data, config, need_label=True, default_split="test")
     else:
-        found = getattr(load_splits(config), split)
+        found = getattr(load_splits(_without_looking(config)), split)
         if found is None:
             raise ConfigError(f"This run has no {split} split.", "Name another with --split, or a file with --data.")
         chosen = found
@@ -94,6 +94,13 @@ def evaluate(
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     left_out = {"dropped": len(chosen.dropped)} if data is not None and chosen.dropped else {}
     return {"split": data or split, "rows": len(chosen.examples), **left_out, "metrics": metrics}
+
+
+def _without_looking(config: Config) -> Config:
+    """The settings that give the same splits and look for near duplicates only where these are dropped."""
+    if config.data.near_duplicates != "report":
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"near_duplicates": "off"})})
 
 
 def predict(

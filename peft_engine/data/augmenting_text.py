@@ -74,11 +74,17 @@ def text_change(
             own = np.array(of.input_ids[start:end])
             rng = np.random.default_rng([seed, int(row)])
             draws = rng.random((3, len(own)))  # always all, so that one setting does not move another's draws
-            keep = _kept(draws[0] < settings.token_dropout, may_go)
+            keep = _kept(draws[0] < settings.token_dropout, may_go, starts := _starts(of, start, end))
             gaps = []
             if marks:
                 chosen, room = rng.integers(len(marks), size=len(own)), longest - int(keep.sum())
-                fits = free[1:] & begins[own[1:]] & free[:-1] & keep[1:] & (draws[2, 1:] < settings.punctuation)
+                fits = (
+                    free[1:]
+                    & begins[own[1:]]
+                    & free[:-1]
+                    & (keep & ~starts)[1:]
+                    & (draws[2, 1:] < settings.punctuation)
+                )
                 for at in np.flatnonzero(fits) + 1:
                     mark = marks[chosen[at]]
                     room -= len(mark)
@@ -91,10 +97,18 @@ def text_change(
     return change
 
 
-def _kept(out: np.ndarray, may_go: np.ndarray) -> np.ndarray:
-    """Tokens that stay, bool (length,): the first, and one of those that may go at least."""
-    keep = ~(out & may_go)
-    keep[0] = True
+def _starts(of: EncodedSet, start: int, end: int) -> np.ndarray:
+    """The first token of the row, and of each of its readings where it has choices, bool (length,)."""
+    starts = np.zeros(end - start, dtype=bool)
+    starts[0] = True
+    if "choice" in of.columns:
+        starts[1:] = np.diff(of.columns["choice"][start:end]) != 0
+    return starts
+
+
+def _kept(out: np.ndarray, may_go: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Tokens that stay, bool (length,): those that begin something, and one of those that may go at least."""
+    keep = ~(out & may_go) | starts
     if may_go.any() and not (keep & may_go).any():
         keep[np.flatnonzero(may_go)[0]] = True
     return keep

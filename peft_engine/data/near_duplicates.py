@@ -25,7 +25,7 @@ from .formats import Example
 GRAM = 3
 PERMUTATIONS = 128
 MISSED = 1e-4  # largest probability that a pair at the threshold is no candidate
-AFFORDABLE = 100_000_000  # characters that `report` looks at: about 20 seconds of one core
+AFFORDABLE = 50_000_000  # characters that `report` looks at: about 10 seconds of one core
 TEMPLATE_SHARE, TEMPLATE_ROWS = 0.01, 50
 
 

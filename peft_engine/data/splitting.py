@@ -292,7 +292,8 @@ def _make_splits(
     classes = [[name for i in rows for name in _classes(train, i, labels)] for rows in inputs]
     single = labels is not None and labels.kind == "single"
     strata = [names[0] for names in classes] if single else None
-    if len(set(train.sources)) > 1:
+    mixed = len(set(train.sources)) > 1
+    if mixed:
         sides = zip(inputs, strata or [""] * len(inputs), strict=True)
         strata = [f"{train.sources[rows[0]]} {name}" for rows, name in sides]
     left = list(range(len(inputs)))
@@ -304,7 +305,8 @@ def _make_splits(
         drawn: list[int] = []
         if 0 < count < len(left):
             drawn, notes = hold_out(left, count, strata, classes, config.data.seed)
-            report.notes += [f"{name} split: {note}." for note in notes]
+            kinds = "classes and sources in proportion" if mixed else "classes in proportion"
+            report.notes += [f"{name} split: {note.replace('classes in proportion', kinds)}." for note in notes]
         if not drawn:
             raise DataError(
                 f"No {name} split can be made: data.split.{name} = {share} of {len(inputs)} different inputs "

@@ -161,6 +161,21 @@ def test_tags_stay_with_their_words(tiny_model, tmp_path):
     assert new.columns["label"].tolist() == data.columns["label"].tolist()
 
 
+def test_no_reading_of_a_choice_is_lost(tiny_model, tmp_path):
+    """A row with choices, as multiple choice has it: one reading after the other, none without tokens."""
+    made = assemble(settings("pairs", tiny_model, tmp_path, {"token_dropout": 0.9, "punctuation": 0.9}))
+    plain, asked = made.data["train"], made.config.data.augment.text
+    choice = np.concatenate([np.arange(n) * 3 // n for n in plain.lengths])
+    data = type(plain)(plain.input_ids, plain.offsets, plain.units, plain.rows, {"choice": choice})
+    new = text_change(asked, made.task.tokenizer, 64, data, None)(data, np.arange(len(data)), 0)
+    assert len(new.input_ids) < 0.6 * len(data.input_ids)
+    for i in range(len(data)):
+        was, now = data.token_column("choice", i), new.token_column("choice", i)
+        assert sorted(now.tolist()) == now.tolist()
+        for reading in range(3):
+            assert new.tokens(i)[now == reading][0] == data.tokens(i)[was == reading][0]
+
+
 def test_no_way_of_cutting_changes_the_gradient(tiny_model, tmp_path):
     found = []
     for size in (8, 3):
