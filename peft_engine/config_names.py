@@ -13,6 +13,10 @@ KEYS = {
     "model.id": "model.path",
     "model_revision": "model.revision",
     "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "_attn_implementation": "model.attention",
+    "flash_attention": "model.attention",
+    "flash_attn": "model.attention",
     "quant": "model.quantization",
     # adapters
     "lora": "adapter",
@@ -66,6 +70,12 @@ KEYS = {
     "cutoff_len": "data.max_length",
     "block_size": "data.max_length",
     "sample_packing": "data.packing",
+    "packing": "data.packing",
+    "pack_sequences": "data.packing",
+    "neat_packing": "data.packing",
+    "packing_length": "data.pack_tokens",
+    "pack_length": "data.pack_tokens",
+    "sample_packing_sequence_len": "data.pack_tokens",
     "max_train_samples": "data.limit.train",
     "max_eval_samples": "data.limit.eval",
     "max_samples": "data.limit.train",
@@ -145,7 +155,6 @@ ADVICE = {
     "load_in_8bit": "not in this version; model.quantization has none only",
     "bnb_4bit_quant_type": "not in this version; model.quantization has none only",
     "push_to_hub": "not in this version; the adapter folder of the run can be uploaded as it is",
-    "attn_implementation": "not in this version; transformers' default is used",
     "hf_token": "secrets never stand in a configuration; set HF_TOKEN in the environment",
     "token": "secrets never stand in a configuration; set HF_TOKEN in the environment",
     "api_key": "secrets never stand in a configuration; set it in the environment",
@@ -163,7 +172,7 @@ NOT_YET = {
     "model.quantization": "nf4 fp4 int8 4bit 8bit int4 gptq awq gguf fp8",
     "model.frozen_compute": "int8 fp8",
     "adapter.method": _PEFT_METHODS,
-    "data.packing": "true bfd wrapped",
+    "data.packing": "wrapped",
 }
 """Values of the design, or of peft, that this version does not have."""
 
@@ -192,6 +201,8 @@ VALUES = {
         "full-finetuning": "full",
         "fft": "full",
     },
+    "model.attention": {"fa2": "flash_attention_2", "flash": "flash_attention_2", "math": "eager"},
+    "data.packing": {"bfd": "true", "ffd": "true"},
     "adapter.targets": {"all": "all-linear"},
     "training.schedule": {
         "constant_with_warmup": "constant, with training.warmup",

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .packing import Packing, Packs, padded_tokens
+
 MEGA = 50  # batches whose rows are sorted by length together, at most
 
 
@@ -20,12 +22,14 @@ class BatchPlan:
         lengths: tokens per row, int64 (rows,).
         batch_size: rows per optimizer step, over all processes.
         seed: order of this member.
+        packing: how a step's rows share sequences; None gives each its own.
     """
 
     lengths: np.ndarray
     batch_size: int
     seed: int
     group_by_length: bool
+    packing: Packing | None = None
     _epoch: int = field(default=-1, init=False)
     _batches: list[np.ndarray] = field(default_factory=list, init=False)
     _heaviest: dict[int, int] = field(default_factory=dict, init=False)
@@ -59,12 +63,47 @@ class BatchPlan:
             batches += [run[i : i + size] for i in range(0, len(run), size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
+    def micro_batches(self, step: int, size: int, rank: int = 0, world: int = 1) -> list[np.ndarray] | list[Packs]:
+        """What one process computes at once, one after the other, in optimizer step `step`.
+
+        Without packing, pieces of at most `size` rows. With it, packs that are no more padded tokens than `size` of the
+        step's longest row would be, but at least one pack. No pack and no sample of it depends on `size` or `world`.
+        """
+        rows = self.rows(step)
+        if self.packing is None:
+            own = rows[rank::world]
+            return [own[i : i + size] for i in range(0, len(own), size)]
+        packs = self.packing.packs(rows, self.lengths)[rank::world]
+        return self.packing.cut(packs, self.lengths, size * int(self.lengths[rows].max()))
+
+    def smaller(self, step: int, size: int, rank: int = 0, world: int = 1) -> int | None:
+        """The next lower size with which this step needs less at once; None where there is none."""
+        if size == 1:
+            return None
+        if self.packing is None:
+            return math.ceil(min(size, len(self.rows(step)[rank::world])) / 2)
+        now = self._largest(step, size, rank, world)
+        while size > 1:
+            size = math.ceil(size / 2)
+            if self._largest(step, size, rank, world) < now:
+                return size
+        return None
+
+    def _largest(self, step: int, size: int, rank: int, world: int) -> int:
+        """Padded tokens of the largest micro-batch of packs."""
+        pieces = self.micro_batches(step, size, rank, world)
+        return max((padded_tokens([piece], self.lengths) for piece in pieces if isinstance(piece, Packs)), default=0)
+
     def heaviest_step(self, total_steps: int) -> int:
-        """The step of the first epoch with the most padded tokens, for measuring peak memory; never the first step,
-        where the optimizer has no state yet, unless there is no other. Found once."""
+        """The step of the first epoch with the most padded tokens (packed: with the most tokens), for measuring peak
+        memory; never the first step, where the optimizer has no state yet, unless there is no other. Found once."""
         if total_steps not in self._heaviest:
             first_epoch = self._permute(0)[:total_steps]
-            padded = [len(rows) * int(self.lengths[rows].max()) for rows in first_epoch]
+            packed = self.packing is not None
+            padded = [
+                int(self.lengths[rows].sum() if packed else len(rows) * self.lengths[rows].max())
+                for rows in first_epoch
+            ]
             later = range(2, len(padded) + 1)
             self._heaviest[total_steps] = max(later, key=lambda step: padded[step - 1], default=min(2, total_steps))
         return self._heaviest[total_steps]

@@ -1,6 +1,6 @@
 """What a task must give the engine, and what tasks share."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ..config import Config
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
+from ..data.packing import Packs
 
 Batch = dict[str, Tensor]
 
@@ -74,6 +75,23 @@ class Task(Protocol):
         ...
 
     def meter(self) -> Meter: ...
+
+
+@runtime_checkable
+class TakesPacks(Protocol):
+    """A task whose samples may share a sequence."""
+
+    def collate_packs(self, data: EncodedSet, rows: Packs) -> Batch:
+        """A batch of (packs, longest pack) tensors on the CPU."""
+        ...
+
+
+def collated(task: Task, data: EncodedSet, rows: np.ndarray | Packs) -> Batch:
+    """The batch of a micro-batch of rows or of packs."""
+    if isinstance(rows, Packs):
+        assert isinstance(task, TakesPacks), f"{type(task).__name__} takes no packs"
+        return task.collate_packs(data, rows)
+    return task.collate(data, rows)
 
 
 def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:
