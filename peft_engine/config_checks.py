@@ -258,9 +258,7 @@ def _packing(values: Tree) -> Iterator[Fault]:
     if lookup(values, "data.pack_tokens") is not None and not packing:
         yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
     if packing and lookup(values, "training.neftune_alpha") is not None:
-        text = (
-            "its noise is scaled by a sequence's length, and a pack is longer than a sample; set packing: false"
-        )
+        text = "its noise is scaled by a sequence's length, and a pack is longer than a sample; set packing: false"
         yield Fault(("data", "packing"), f"can't be combined with training.neftune_alpha: {text}")
 
 

@@ -13,6 +13,7 @@ from .adapters.group import Member
 from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_reading import load_config
+from .data.batching import packing_report
 from .data.formats import is_conversation
 from .data.splitting import load_splits
 from .errors import ConfigError, DataError
@@ -260,6 +261,7 @@ class _Run:
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},
             },
+            "packing": packing_report(trainee.plan, self.total_steps, trainee.micro_batch_size),
             "evaluations": trainee.evaluations,
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,

@@ -107,3 +107,29 @@ class BatchPlan:
             later = range(2, len(padded) + 1)
             self._heaviest[total_steps] = max(later, key=lambda step: padded[step - 1], default=min(2, total_steps))
         return self._heaviest[total_steps]
+
+
+def packing_report(plan: BatchPlan, total_steps: int, size: int) -> dict[str, float] | None:
+    """What packing does to the first epoch's steps (at most 1,000 of them) at this micro-batch size; None without it.
+
+    Returns:
+        steps, samples_per_pack, padding_share (of the positions that are computed) and padding_share_unpacked.
+    """
+    if plan.packing is None:
+        return None
+    steps = range(1, min(total_steps, plan.steps_per_epoch, 1000) + 1)
+    plain = BatchPlan(plan.lengths, plan.batch_size, plan.seed, plan.group_by_length)
+    packs = tokens = packed = unpacked = samples = 0
+    for step in steps:
+        rows = plan.rows(step)
+        samples, tokens = samples + len(rows), tokens + int(plan.lengths[rows].sum())
+        pieces = [piece for piece in plan.micro_batches(step, size) if isinstance(piece, Packs)]
+        packs, packed = packs + sum(map(len, pieces)), packed + padded_tokens(pieces, plan.lengths)
+        parts = [part for part in plain.micro_batches(step, size) if isinstance(part, np.ndarray)]
+        unpacked += sum(len(part) * int(plan.lengths[part].max()) for part in parts)
+    return {
+        "steps": len(steps),
+        "samples_per_pack": samples / packs,
+        "padding_share": 1 - tokens / packed,
+        "padding_share_unpacked": 1 - tokens / unpacked,
+    }
