@@ -1,5 +1,7 @@
 """Samples in packs: every one once, none too long, the same ones whatever the cut and the number of processes."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -63,11 +65,11 @@ def test_packs_depend_neither_on_the_cut_nor_on_the_processes(together):
     made = plan(together=together)
     for step in (1, 2, made.steps_per_epoch):
         whole = spread(made.micro_batches(step, 16))
-        assert sorted(sum(whole, [])) == sorted(made.rows(step).tolist())
+        assert sorted(chain(*whole)) == sorted(made.rows(step).tolist())
         for size in (1, 2, 3, 8, 1000):
             assert spread(made.micro_batches(step, size)) == whole
         shares = [spread(made.micro_batches(step, 2, rank, 3)) for rank in range(3)]
-        assert sorted(sum(shares, [])) == sorted(whole)
+        assert sorted(chain(*shares)) == sorted(whole)
 
 
 def test_a_micro_batch_needs_no_more_than_its_samples_would_but_one_pack():

@@ -260,6 +260,7 @@ def test_settings_that_do_not_go_together(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             changed(base, **new)
+    tree = {"task": "text-classification", "model": {"path": "m"}, "output": "o"}
+    tree["data"] = {"train": str(rows), "packing": True}
     with pytest.raises(ValueError, match="applies to task causal-lm only"):
-        tree = {"task": "text-classification", "model": {"path": "m"}, "output": "o"}
-        Config.model_validate(tree | {"data": {"train": str(rows), "packing": True}})
+        Config.model_validate(tree)
