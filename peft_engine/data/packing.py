@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LIKE = 7 / 8  # a pack that is shorter than this share of another is not padded to it
+
 
 @dataclass(frozen=True)
 class Packs:
@@ -59,17 +61,19 @@ class Packing:
         return [np.array(packs[i], dtype=np.int64) for i in order]
 
     def cut(self, packs: Sequence[np.ndarray], lengths: np.ndarray, budget: int) -> list[Packs]:
-        """Packs in micro-batches whose padded size, packs times the longest, is at most `budget` tokens; a pack that is
-        longer stands alone.
+        """Packs in micro-batches of packs of like length, none shorter than `LIKE` of the longest beside it.
 
         Args:
             packs: longest first, as `packs` gives them.
+            budget: largest padded size of a micro-batch, packs times the longest; a pack that is longer stands alone.
         """
         pieces: list[Packs] = []
+        sums = [int(lengths[pack].sum()) for pack in packs]
         start = 0
         while start < len(packs):
-            fit = budget // max(1, int(lengths[packs[start]].sum())) if self.together else 1
-            end = start + max(1, fit)
+            fit = max(1, budget // max(1, sums[start])) if self.together else 1
+            like = sum(held >= LIKE * sums[start] for held in sums[start:])
+            end = start + min(fit, like)
             pieces.append(Packs(tuple(packs[start:end])))
             start = end
         return pieces
