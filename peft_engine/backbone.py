@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
 
 from .config import Config, ModelConfig
 from .errors import ConfigError, EngineError, OutOfMemory, StorageError
@@ -96,6 +97,8 @@ def load_model(
         StorageError: a weight file is corrupt.
     """
     settings = config.model
+    _refuse_flash(settings, device)
+    attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
     seed_everything(config.training.seed, 0)  # new tensors, if any, are initialised again per member
     try:
         model, info = auto_class.from_pretrained(
@@ -106,6 +109,7 @@ def load_model(
             dtype=_dtype(config, model_config, device),
             ignore_mismatched_sizes=True,  # reported in `info` and judged below
             output_loading_info=True,
+            **attention,
         )
     except SafetensorError as error:
         raise StorageError(
@@ -129,6 +133,16 @@ def load_model(
             f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
         )
     return model.to(device), new
+
+
+def _refuse_flash(settings: ModelConfig, device: torch.device) -> None:
+    if settings.attention != "flash_attention_2" or (device.type == "cuda" and is_flash_attn_2_available()):
+        return
+    reason = "flash-attn is not installed" if device.type == "cuda" else f"the device is {device.type}"
+    raise ConfigError(
+        f"model.attention: flash_attention_2 needs CUDA and the package flash-attn; {reason}.",
+        "Set model.attention: sdpa.",
+    )
 
 
 def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dtype:
@@ -228,6 +242,11 @@ def _explain(settings: ModelConfig, error: Exception, what: str) -> EngineError:
         return ConfigError(
             f"{where} needs Python code that comes with the model.",
             "Read that code, then set model.trust_remote_code: true.",
+        )
+    if settings.attention != "auto" and isinstance(error, ValueError | ImportError) and "attention" in text.lower():
+        return ConfigError(
+            f"model.attention: {settings.path} can't run with {settings.attention} ({_first_line(text, 160)})",
+            "Set model.attention: auto.",
         )
     if "does not recognize this architecture" in text:
         return ConfigError(

@@ -11,11 +11,13 @@ from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
 from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.packing import Packing
 from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
 from .tasks.preparing import for_training
+from .training.isolation import batches_packs, prove_isolation, refuse_leaky
 from .training.optim import make_optimizer
 from .training.state import Trainee
 
@@ -39,6 +41,8 @@ def build_group(
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = task.load(runtime.device)
     refuse_too_long(backbone.model, data)
+    if config.data.packing:
+        refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
     refuse_mixed_dtypes(group, runtime)
@@ -53,6 +57,9 @@ def build_group(
             )
         # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.data.packing:
+        for member in group.members:
+            prove_isolation(group, member, task, runtime)
     return group
 
 
@@ -64,12 +71,21 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
         if settings.micro_batch_size == "auto"
         else min(settings.micro_batch_size, settings.batch_size)
     )
+    packing = None
+    if config.data.packing:
+        together = batches_packs(group.backbone.model)
+        packing = Packing(config.data.pack_tokens or config.data.max_length, together)
     return [
         Trainee(
             member,
             make_optimizer(member, config, runtime.device),
             BatchPlan(
-                data.lengths, settings.batch_size, member.spec.seed, config.data.group_by_length, mixture=data.mixture
+                data.lengths,
+                settings.batch_size,
+                member.spec.seed,
+                config.data.group_by_length,
+                packing,
+                data.mixture,
             ),
             micro,
         )

@@ -76,7 +76,8 @@ class ModelConfig(Section):
     tokens. `auto` reads a sentence-transformers `1_Pooling/config.json` where there is one, and takes `mean` where the
     model's own pooler has no pretrained weights; else `model`."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention code of transformers; `auto` is its own choice."""
+    """Attention code of transformers; `auto` is its own choice. `flash_attention_2` needs CUDA, 16-bit computation and
+    the package flash-attn."""
     new_tokens: list[Pattern] = []
     """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
     trust_remote_code: bool = False
@@ -226,10 +227,12 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2)] = 512
     """Tokens per sequence. Longer plain text is cut into windows, longer conversations and inputs at their end."""
     packing: bool = False
-    """Causal LM: several samples in one sequence, each blind to the others, so that nothing is padded. The optimizer
-    step sees the same samples and computes the same loss; refused where isolation can't hold."""
+    """Causal LM: several samples in one sequence, each blind to the others, so that little or nothing is padded. The
+    optimizer step sees the same samples and computes the same loss; models in which a sample would see another are
+    refused. Dropout masks are named by the pack, so with dropout a packed run draws others than an unpacked one."""
     pack_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a packed sequence at most; null is `max_length`."""
+    """Tokens of a pack at most (a longer sample stands alone); null is `max_length`. A pack's attention costs its
+    length squared but with flash attention: for short samples a few times their length is enough."""
     streaming: bool = False
     """Read `train` from disk as it is needed (jsonl, csv, parquet, arrow), for data larger than memory. Needs
     `training.steps` or counts the rows first."""
@@ -280,7 +283,8 @@ class TrainingConfig(Section):
     batch_size: Count = 16
     """Sequences per optimizer step over all processes: what the mathematics sees."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Sequences in memory at once. `auto` starts at `batch_size` and halves on out-of-memory."""
+    """Sequences in memory at once. `auto` starts at `batch_size` and halves on out-of-memory. With `data.packing` as
+    many packs as need no more tokens than that many of the step's longest sample, but at least one pack."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"

@@ -158,6 +158,8 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _patterns,
         _steps,
         _budget,
+        _packing,
+        _attention,
     ):
         faults.extend(check(values))
     if lookup(values, "adapter.method") == "lora":
@@ -301,6 +303,25 @@ def _steps(values: Tree) -> Iterator[Fault]:
 def _budget(values: Tree) -> Iterator[Fault]:
     if lookup(values, "budget.max_usd") is not None and not lookup(values, "budget.usd_per_hour"):
         yield Fault(("budget", "max_usd"), "needs budget.usd_per_hour, the price of this machine")
+
+
+def _packing(values: Tree) -> Iterator[Fault]:
+    packing = lookup(values, "data.packing")
+    if lookup(values, "data.pack_tokens") is not None and not packing:
+        yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
+    if packing and lookup(values, "training.neftune_alpha") is not None:
+        text = "its noise is scaled by a sequence's length, and a pack is longer than a sample; set packing: false"
+        yield Fault(("data", "packing"), f"can't be combined with training.neftune_alpha: {text}")
+
+
+def _attention(values: Tree) -> Iterator[Fault]:
+    if lookup(values, "model.attention") != "flash_attention_2":
+        return
+    device, precision, dtype = (lookup(values, n) for n in ("device", "training.precision", "model.dtype"))
+    if device not in ("auto", "cuda"):
+        yield Fault(("model", "attention"), f"flash_attention_2 runs on CUDA only, and device is {device}; write sdpa")
+    elif precision == "fp32" and dtype in ("auto", "float32"):
+        yield Fault(("model", "attention"), "flash_attention_2 computes in 16 bits; set training.precision: bf16")
 
 
 def _options(values: Tree) -> Iterator[Fault]:

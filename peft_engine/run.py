@@ -14,6 +14,7 @@ from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_checks import PREFERENCE
 from .config_reading import load_config
+from .data.batching import packing_report
 from .data.cleaning import Dropped, as_lines
 from .data.formats import is_conversation
 from .data.splitting import load_splits
@@ -283,6 +284,7 @@ class Run:
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},
             },
+            "packing": packing_report(trainee.plan, self.total_steps, trainee.micro_batch_size),
             "evaluations": trainee.evaluations,
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,

@@ -126,6 +126,22 @@ REMOVALS = (
     R("06", "training/guards.py", "if tensor.grad is None]", "if tensor.grad is None or not tensor.grad.any()]",
       "no_false_alarm"),
     R("06", "training/loop.py", "if updated and trainee.updates == 2:", "if step == 1:", "no_false_alarm"),
+    # 8: samples run on in a pack; each guard alone
+    R("08", "data/packing.py", "positions[line, start : start + len(sample)] = np.arange(len(sample))",
+      "positions[line, start : start + len(sample)] = start + np.arange(len(sample))",
+      "packed_samples_are_learned_as_unpacked_ones"),
+    R("08", "tasks/causal_lm.py", "    taught[:1] = False\n", "", "a_first_token_is_never_learned"),
+    R("08", "training/isolation.py", "if not moved <= (NARROW_MOVED if narrow else MOVED):", "if False:",
+      "a_model_whose_samples_see_each_other_is_refused"),
+    R("08", "training/isolation.py", "if not alone <= (NARROW_ALONE if narrow else ALONE):", "if False:",
+      "positions_that_go_on_are_refused"),
+    R("08", "building.py", "            prove_isolation(group, member, task, runtime)", "            pass",
+      "a_model_whose_samples_see_each_other_is_refused"),
+    # 9
+    R("09", "training/isolation.py", 'if getattr(model, "_is_stateful", False):', "if False:",
+      "models_with_a_running_state_are_refused"),
+    R("09", "training/isolation.py", "sorted({str(kind) for kind in kinds} - set(ATTENDING))", "[]",
+      "models_with_a_running_state_are_refused"),
     # 10
     R("10", "training/loop.py", "seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)", "pass",
       "resume_repeats_and_skips_no_sample"),

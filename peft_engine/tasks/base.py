@@ -11,6 +11,7 @@ from ..config import Config, EvaluationConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
+from ..data.packing import Packs
 
 Batch = dict[str, Tensor]
 
@@ -132,6 +133,23 @@ def probe_tokens(model: nn.Module) -> Batch:
     mask = torch.ones_like(ids)
     mask[-1, 16:] = 0
     return to_device({"input_ids": ids, "attention_mask": mask}, next(model.parameters()).device)
+
+
+@runtime_checkable
+class TakesPacks(Protocol):
+    """A task whose samples may share a sequence."""
+
+    def collate_packs(self, data: EncodedSet, rows: Packs) -> Batch:
+        """A batch of (packs, longest pack) tensors on the CPU."""
+        ...
+
+
+def collated(task: Task, data: EncodedSet, rows: np.ndarray | Packs, seed: int) -> Batch:
+    """The batch of a training step's rows, as the step with this seed sees them, or of its packs."""
+    if isinstance(rows, Packs):
+        assert isinstance(task, TakesPacks), f"{type(task).__name__} takes no packs"
+        return task.collate_packs(data, rows)
+    return task.collate(*data.drawn(rows, seed))
 
 
 def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:

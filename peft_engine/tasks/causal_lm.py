@@ -20,6 +20,7 @@ from ..data.chat import Rendered, check_stop_token, encode_rendered, render_mess
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example, is_conversation
 from ..data.labels import Labels
+from ..data.packing import Packs, lay_out
 from ..errors import DataError
 from ..generation import exact_match, generate_all, prompt_and_answer
 from .base import Batch, pad_tokens, probe_tokens
@@ -129,9 +130,20 @@ class CausalLM:
             text_bytes += int(data.token_column("text_bytes", int(row)).sum())
         return batch | {"labels": torch.from_numpy(labels), "text_bytes": torch.tensor(text_bytes)}
 
+    def collate_packs(self, data: EncodedSet, rows: Packs) -> Batch:
+        """`input_ids`, `position_ids` and `labels`, int64 (packs, longest pack); no attention_mask, so that
+        transformers tells the samples apart by their positions. A sample's first token is never a target (trap 8)."""
+        packs = [[data.tokens(int(row)) for row in pack] for pack in rows.packs]
+        found = lay_out(packs, padding_id(self.tokenizer))
+        labels = np.full(found["input_ids"].shape, IGNORED, dtype=np.int64)
+        for line, pack in enumerate(rows.packs):
+            taught = np.concatenate([_after_first(data.token_column("supervised", int(row))) for row in pack])
+            labels[line, : len(taught)][taught] = found["input_ids"][line, : len(taught)][taught]
+        return {name: torch.from_numpy(array) for name, array in (found | {"labels": labels}).items()}
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, length, vocabulary) in the model's compute dtype."""
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return model(**_given(batch), use_cache=False).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         shifted = logits[:, :-1].float().flatten(0, 1)
@@ -140,8 +152,7 @@ class CausalLM:
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if not fuses_loss(model):
             return self.loss(self.forward(model, batch), batch)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        return model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        return model(**_given(batch), labels=batch["labels"], use_cache=False, num_items_in_batch=1).loss
 
     def meter(self) -> "LanguageMeter":
         return LanguageMeter(self)
@@ -198,6 +209,18 @@ class LanguageMeter:
             "token_accuracy": self.right / self.tokens,
             "tokens": int(self.tokens),
         }
+
+
+def _given(batch: Batch) -> Batch:
+    """What tells a model which tokens see which: a mask, or the positions of packed samples."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+
+
+def _after_first(supervised: np.ndarray) -> np.ndarray:
+    """Supervision of one sample without its first token, whose predecessor in a pack is another sample's last."""
+    taught = supervised.astype(bool)
+    taught[:1] = False
+    return taught
 
 
 def _turns(asked: str) -> Literal["assistant", "last", "all"]:

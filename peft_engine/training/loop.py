@@ -21,7 +21,7 @@ from ..tasks.base import Task
 from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
 from .optim import make_schedule, set_learning_rate
 from .state import Trainee
-from .step import Gradients, clip, cut, gradients
+from .step import Gradients, clip, gradients
 
 SKIPS_IN_A_ROW = 50  # fp16 scaler: so many steps without a finite gradient are a divergence
 
@@ -123,25 +123,27 @@ class Loop:
         """Gradients of a step; halves the micro-batch on out-of-memory and begins the same step again (trap 24)."""
         rows = trainee.plan.rows(step)
         units = self.data.units[rows].sum().item()
-        own = rows[self.runtime.rank :: self.runtime.world]
+        rank, world = self.runtime.rank, self.runtime.world
         tensors = list(trainee.member.tensors.values())
         while True:
             seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)
             seed = combine(trainee.member.spec.seed, 4, step)
             size = trainee.micro_batch_size
+            pieces = trainee.plan.micro_batches(step, size, rank, world)
             try:
-                found = gradients(self.group, self.task, self.data, cut(own, size), units, tensors, self.runtime, seed)
+                found = gradients(self.group, self.task, self.data, pieces, units, tensors, self.runtime, seed)
                 return self._unscaled(trainee, found)
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1 or self.config.training.micro_batch_size != "auto":
+                smaller = trainee.plan.smaller(step, size, rank, world)
+                if smaller is None or self.config.training.micro_batch_size != "auto":
                     raise self._out_of_memory(size, error) from error
             trainee.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            trainee.micro_batch_size = math.ceil(min(size, len(own)) / 2)
+            trainee.micro_batch_size = smaller
             self.hooks.log({"step": step, "event": "out_of_memory", "micro_batch_size": trainee.micro_batch_size})
 
     def _unscaled(self, trainee: Trainee, found: Gradients) -> Gradients:
@@ -168,10 +170,13 @@ class Loop:
 
     def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
         longest = int(self.data.lengths.max())
+        packing = self.trainees[0].plan.packing
+        packed = f", in packs of up to {packing.tokens} tokens," if packing else ""
+        lower = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
         return OutOfMemory(
-            f"Memory ran out with {size} sequence(s) of up to {longest} tokens at once: {str(error).splitlines()[0]}",
-            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, "
-            "or adapt less.",
+            f"Memory ran out with {size} sequence(s) of up to {longest} tokens{packed} at once: "
+            f"{str(error).splitlines()[0]}",
+            f"Lower {lower} or data.max_length, set training.gradient_checkpointing: true, or adapt less.",
         )
 
     def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..adapters.group import Group
 from ..data.encoding import EncodedSet
+from ..data.packing import Packs
 from ..runtime import Runtime
-from ..tasks.base import Task, to_device
+from ..tasks.base import Task, collated, to_device
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two rows share a number
 
@@ -35,7 +36,7 @@ def gradients(
     group: Group,
     task: Task,
     data: EncodedSet,
-    micro_batches: Sequence[np.ndarray],
+    micro_batches: Sequence[np.ndarray | Packs],
     units: float,
     tensors: Sequence[nn.Parameter],
     runtime: Runtime,
@@ -47,16 +48,17 @@ def gradients(
     same mean (trap 1).
 
     Args:
-        micro_batches: this process's rows of the step, in pieces.
+        micro_batches: this process's rows of the step, in pieces, or its packs.
         units: supervised units of the global batch over all processes, known from the data; their weights' sum where
             classes are weighted.
         seed: of this member and step; with a row's number it names the row's dropout masks in a fused model, which
             therefore depend neither on the cut into micro-batches nor on the number of processes. So do augmentations.
+            A pack's masks are named by all of its rows.
     """
     accelerator = runtime.accelerator
     total = torch.zeros((), device=runtime.device)
     for rows in micro_batches:
-        batch = to_device(task.collate(*data.drawn(rows, seed)), runtime.device)
+        batch = to_device(collated(task, data, rows, seed), runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
         with accelerator.autocast():
@@ -69,21 +71,26 @@ def gradients(
     return Gradients(total, norm)
 
 
-def sample_seeds(seed: int, rows: np.ndarray) -> Tensor:
-    """One 64-bit number per row of the data, int64 (rows,), for this member and step."""
+def sample_seeds(seed: int, rows: np.ndarray | Packs) -> Tensor:
+    """One 64-bit number per row of the data, or per pack of rows, int64 (rows,), for this member and step."""
+    if isinstance(rows, Packs):
+        rows = np.array([pack_name(pack) for pack in rows.packs], dtype=np.uint64)
     words = np.random.SeedSequence(seed).generate_state(1, np.uint64) + rows.astype(np.uint64) * GOLDEN
     return torch.from_numpy(words.view(np.int64))
+
+
+def pack_name(rows: np.ndarray) -> int:
+    """64 bits that tell a pack from others; a pack of one row has that row's number, and so its masks."""
+    name = 0
+    for row in rows.tolist():
+        name = (name * int(GOLDEN) + row) % 2**64
+    return name
 
 
 def clip(tensors: Sequence[nn.Parameter], norm: Tensor, limit: float | None) -> None:
     """Scale gradients in place so that their global norm is at most `limit`."""
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(tensors, limit, norm)
-
-
-def cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Rows in pieces of at most `size`."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _sum_over_processes(tensors: Sequence[nn.Parameter], total: Tensor, runtime: Runtime) -> Tensor:
