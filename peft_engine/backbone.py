@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from . import processes
 from .config import Config, ModelConfig
 from .errors import ConfigError, EngineError, OutOfMemory, StorageError
 from .runtime import seed_everything
@@ -128,7 +129,8 @@ def load_model(
             f"{shown}.",
             f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
         )
-    return model.to(device), new
+    waits = config.training.parallel == "fsdp" and processes.world() > 1  # moves to its device part by part
+    return model if waits else model.to(device), new
 
 
 def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class InOrder(click.Group):
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="peft-engine", prog_name="peft-engine")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Fine-tune Hugging Face models with adapters, and know what it costs.
 
     \b
@@ -53,6 +55,8 @@ def cli() -> None:
     3 data, 4 out of memory, 5 diverged, 6 budget reached, 7 verification failed,
     8 storage, 75 interrupted (go on with train --resume).
     """
+    if _several() and context.invoked_subcommand != "train":
+        raise click.UsageError(f"{context.invoked_subcommand} runs in one process, but WORLD_SIZE says there are more.")
 
 
 @cli.command()
@@ -119,27 +123,69 @@ def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> N
 @click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint of the output.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the output holds.")
 @click.option("--quiet", is_flag=True, help="No progress: only errors and the summary.")
-def train(config: str, overrides: tuple[str, ...], as_json: bool, resume: bool, overwrite: bool, quiet: bool) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Train in N processes on this machine: a GPU for each, or parts of the CPU.",
+)
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    processes: int | None,
+) -> None:
     """Fine-tune as CONFIG says; write the run directory.
 
     Evaluates before and after, checkpoints on the way, saves the adapter. The first Ctrl-C (SIGINT) or SIGTERM writes
-    a checkpoint and exits with 75; --resume goes on from there to the same result, bit by bit.
+    a checkpoint and exits with 75; --resume goes on from there to the same result, bit by bit. With --processes, or
+    started by torchrun or accelerate launch, several processes make the same steps together.
 
     \b
     peft-engine train my.yaml --set output=runs/rank4 --set adapter.rank=4
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other: go on with the run, or replace it.")
+    if _several() and processes is not None:
+        raise click.UsageError(f"--processes: {os.environ['WORLD_SIZE']} are there already; leave it out.")
+    if _several():
+        from .processes import connect
+
+        connect()
     from .config_reading import load_config
     from .run_directory import RunDirectory
 
     settings = load_config(config, overrides)
-    if os.environ.get("RANK", "0") == "0":  # one writer among processes; told before torch is waited for
+    main = not _several() or os.environ.get("RANK") == "0"
+    if main:  # one writer among processes; told before torch is waited for
         RunDirectory(settings.output).refuse_occupied(resume=resume, overwrite=overwrite)
+    if processes is not None and processes > 1:
+        from .launching import launch
+
+        _leave(launch(settings, _words(config, overrides, as_json, resume, overwrite, quiet), processes))
     from .run import train as run_train
 
+    if _several():  # the run has its own way with signals; a launcher must not cut short what comes after it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     summary = run_train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
-    _show(summary, as_json, lambda: print_summary(summary, settings.output))
+    if main:
+        _show(summary, as_json, lambda: print_summary(summary, settings.output))
+
+
+def _words(config: str, overrides: tuple[str, ...], *flags: bool) -> list[str]:
+    """The command line of `train`, for the processes that do it."""
+    names = ("--json", "--resume", "--overwrite", "--quiet")
+    given = [name for name, is_set in zip(names, flags, strict=True) if is_set]
+    return ["train", config, *(word for one in overrides for word in ("--set", one)), *given]
+
+
+def _several() -> bool:
+    """Whether a launcher has started several processes; asked without waiting for torch."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 @cli.command()
@@ -337,11 +383,20 @@ def main() -> None:
         _leave(2)
     except Exception as error:
         known = error if isinstance(error, EngineError) else _explain(error)
-        if known is None:
+        told = _several() and not _first_to_fail()
+        if known is None and not told:
             raise
-        _complain(known.problem, known.fix)
-        _leave(known.exit_code)
+        if known is not None and not told:
+            _complain(known.problem, known.fix)
+        _leave(1 if known is None else known.exit_code)
     _leave(0)
+
+
+def _first_to_fail() -> bool:
+    """What all processes meet is told by one."""
+    from .processes import first_to_fail
+
+    return first_to_fail()
 
 
 def _show(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -369,6 +424,11 @@ def _explain(error: Exception) -> EngineError | None:
         from .training.guards import is_out_of_memory
 
         memory = memory or is_out_of_memory(error)
+        if _several():
+            from .processes import is_lost, lost
+
+            if is_lost(error):
+                return lost()
     if isinstance(error, ImportError):  # a shared library that found no room
         memory = memory or "failed to map segment" in text or "cannot allocate memory" in text.lower()
     if memory:

@@ -20,6 +20,7 @@ ORDER = (
     "config_messages",
     "config_writing",
     "config_reading",
+    "processes",
     "runtime",
     "meters",
     "backbone",
@@ -36,6 +37,7 @@ ORDER = (
     "using",
     "inspection",
     "printing",
+    "launching",
     "cli",
     "__main__",
 )
