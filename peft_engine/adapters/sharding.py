@@ -66,7 +66,10 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of weights and buffers that this process holds, each storage once."""
+    """Bytes of weights and buffers that this process holds between steps, each storage once."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the outermost unit stays whole after an evaluation
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = own_part(tensor.detach()).untyped_storage()
