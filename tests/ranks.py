@@ -68,7 +68,6 @@ def done(*arguments: object, folder: Path, **how: object) -> None:
         assert other.out == ""
 
 
-
 def starve_second() -> None:
     """Before a run: in the second process forward runs out of memory on more than one sequence."""
     whole = CausalLM.training_loss

@@ -37,7 +37,9 @@ def task_of(kind: str, tiny_model: Any, folder: Path, **training: Any) -> Config
     made = chat_rows(24) if kind == "chats" else pair_rows(24)
     rows = write_rows(folder / "rows.jsonl", made)
     answers = {"generate_rows": 5, "max_new_tokens": 4}
-    return config("causal-lm", tiny_model("llama"), rows, folder / "run", training=steps, evaluation=answers, **sections)
+    return config(
+        "causal-lm", tiny_model("llama"), rows, folder / "run", training=steps, evaluation=answers, **sections
+    )
 
 
 def numbers(tree: Any) -> list[float]:
