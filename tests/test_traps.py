@@ -423,7 +423,8 @@ def test_trap_06_several_processes_hide_no_dead_tensor(tiny_model, tmp_path, par
 def test_trap_07_a_sharded_run_saves_whole_adapters(tiny_model, tmp_path, task, family):
     """Two processes with FSDP2: every tensor of one process's file, as large, moved and loaded by plain peft."""
     rows = class_rows(10) if task == CLASSES else pair_rows(10)
-    alone = settings(task, tiny_model(family), tmp_path, rows, adapter={"dropout": 0.1})
+    steps = {"optimizer": "sgd", "learning_rate": 0.3}  # Adam makes much of the rounding of a tiny gradient
+    alone = settings(task, tiny_model(family), tmp_path, rows, adapter={"dropout": 0.1}, training=steps)
     train(alone)
     of = changed(alone, output=str(tmp_path / "sharded"), training__parallel="fsdp")
     done("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
@@ -963,9 +964,8 @@ def test_trap_20_the_schedule_counts_optimizer_steps(tiny_model, tmp_path, paral
     of = settings(LM, tiny_model("llama"), tmp_path, pair_rows(10), training={**steps, "parallel": parallel})
     done("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
     rates = [row["learning_rate"] for row in rows_of(of)]
-    assert rates == pytest.approx(
-        [1e-2 * f for f in (0, 1 / 2, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)))]
-    )
+    falling = [(1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)]
+    assert rates == pytest.approx([1e-2 * factor for factor in (0, 1 / 2, 1, *falling)])
 
 
 # 21 — targets
