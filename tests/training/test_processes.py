@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from chat_samples import chatml
 from comparing import changed, last_step, newest, write_config
 from ranks import Ranks, done, end_second, ranks, starve_second
 from safetensors.torch import load_file
-from tiny import chat_rows, class_rows, config, pair_rows, write_rows
+from tiny import class_rows, config, pair_rows, write_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_engine import evaluation, processes
 from peft_engine.config import Config
@@ -34,8 +36,7 @@ def task_of(kind: str, tiny_model: Any, folder: Path, **training: Any) -> Config
     if kind == "text-classification":
         rows = write_rows(folder / "texts.jsonl", class_rows(24))
         return config(kind, tiny_model("bert"), rows, folder / "run", training=steps, **sections)
-    made = chat_rows(24) if kind == "chats" else pair_rows(24)
-    rows = write_rows(folder / "rows.jsonl", made)
+    rows = write_rows(folder / "rows.jsonl", pair_rows(24))
     answers = {"generate_rows": 5, "max_new_tokens": 4}
     return config(
         "causal-lm", tiny_model("llama"), rows, folder / "run", training=steps, evaluation=answers, **sections
@@ -254,7 +255,7 @@ def test_one_exit_code_of_several():
 
 def test_processes_that_can_not_make_the_run(tiny_model, tmp_path, monkeypatch):
     one = task_of("pairs", tiny_model, tmp_path)
-    with pytest.raises(ConfigError, match="5 processes, but .*batch_size is 4"):
+    with pytest.raises(ConfigError, match=r"5 processes, but training\.batch_size is 4"):
         refuse_processes(one, "cpu", 5, 5)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="has 0 GPU"):
@@ -307,3 +308,44 @@ def test_meters_are_joined(monkeypatch):
     parts[0].task = "another"
     with pytest.raises(AssertionError, match="task: can't be joined"):
         evaluation.join(parts[0], Counter())
+
+
+def anonymous_bytes(process: int | None) -> int:
+    """What a process holds in memory that is no file's."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
+    """A frozen backbone of 50 million weights: same run, and each of two processes holds about half of it."""
+    tokenizer = chatml(pad_token="<|endoftext|>")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **shape))
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(19))
+    steps = {"steps": 12, "batch_size": 4, "learning_rate": 1e-3, "gradient_checkpointing": checkpointing}
+    data = {"split": {"eval": 2 / 19, "test": 0.0}}
+    one = config("causal-lm", tmp_path / "model", rows, tmp_path / "run", data=data, training=steps)
+    train(one)
+    resident = {}
+    for parallel in ("ddp", "fsdp"):
+        several = changed(one, output=str(tmp_path / parallel), training__parallel=parallel)
+        run = Ranks("train", write_config(several, tmp_path / f"{parallel}.yaml"), folder=tmp_path / f"of-{parallel}")
+        metrics = Path(several.output) / "metrics.jsonl"
+        assert run.engines[0].wait_for(lambda metrics=metrics: last_step(metrics) >= 6)
+        resident[parallel] = max(anonymous_bytes(engine.process.pid) for engine in run.engines)
+        assert [ended.code for ended in run.wait()] == [0, 0]
+    whole, parts = (
+        same_run(one, changed(one, output=str(tmp_path / parallel)))["processes"]["each"]
+        for parallel in ("ddp", "fsdp")
+    )
+    for before, after in zip(whole, parts, strict=True):
+        assert before["model_bytes"] > weights
+        assert after["model_bytes"] < 0.55 * before["model_bytes"]
+        assert after["peak_bytes"] < before["peak_bytes"] - 0.35 * weights
+    assert resident["fsdp"] < resident["ddp"] - 0.25 * weights, resident
