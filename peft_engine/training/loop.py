@@ -100,7 +100,7 @@ class Loop:
         tensors = list(trainee.member.tensors.values())
         self.group.activate(trainee.member)
         heavy = self.runtime.device.type == "cpu" and step == trainee.plan.heaviest_step(self.total_steps)
-        meter = LiveBytes(self._resident(trainee)) if heavy else None
+        meter = LiveBytes(self._resident(trainee), self.runtime.sharded) if heavy else None
         with meter or nullcontext():
             found = self._gradients(trainee, step)
             loss, norm = float(found.loss), float(found.norm)

@@ -319,17 +319,17 @@ def anonymous_bytes(process: int | None) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
-    """A frozen backbone of 50 million weights: same run, and each of two processes holds about half of it."""
+    """A frozen backbone of 25 million weights: same run, and each of two processes holds about half of it."""
     tokenizer = chatml(pad_token="<|endoftext|>")
     torch.manual_seed(0)
-    shape = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 8}
+    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 32, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **shape))
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(19))
-    steps = {"steps": 12, "batch_size": 4, "learning_rate": 1e-3, "gradient_checkpointing": checkpointing}
-    data = {"split": {"eval": 2 / 19, "test": 0.0}}
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(12))
+    steps = {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "gradient_checkpointing": checkpointing}
+    data = {"split": {"eval": 2 / 12, "test": 0.0}}
     one = config("causal-lm", tmp_path / "model", rows, tmp_path / "run", data=data, training=steps)
     train(one)
     resident = {}
@@ -337,7 +337,7 @@ def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
         several = changed(one, output=str(tmp_path / parallel), training__parallel=parallel)
         run = Ranks("train", write_config(several, tmp_path / f"{parallel}.yaml"), folder=tmp_path / f"of-{parallel}")
         metrics = Path(several.output) / "metrics.jsonl"
-        assert run.engines[0].wait_for(lambda metrics=metrics: last_step(metrics) >= 6)
+        assert run.engines[0].wait_for(lambda metrics=metrics: last_step(metrics) >= 5)
         resident[parallel] = max(anonymous_bytes(engine.process.pid) for engine in run.engines)
         assert [ended.code for ended in run.wait()] == [0, 0]
     whole, parts = (
@@ -347,5 +347,5 @@ def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
     for before, after in zip(whole, parts, strict=True):
         assert before["model_bytes"] > weights
         assert after["model_bytes"] < 0.55 * before["model_bytes"]
-        assert after["peak_bytes"] < before["peak_bytes"] - 0.35 * weights
+        assert after["peak_bytes"] < before["peak_bytes"] - 0.3 * weights
     assert resident["fsdp"] < resident["ddp"] - 0.25 * weights, resident
