@@ -1,19 +1,17 @@
 """The command line. Each verb is a thin call; heavy imports happen inside the verbs."""
 
-import errno
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .errors import EngineError, OutOfMemory
+from .errors import EngineError
+from .faults import explain, leave, several, told_by_another
 from .printing import print_metrics, print_summary
 
 OVERRIDES = click.option(
@@ -55,7 +53,7 @@ def cli(context: click.Context) -> None:
     3 data, 4 out of memory, 5 diverged, 6 budget reached, 7 verification failed,
     8 storage, 75 interrupted (go on with train --resume).
     """
-    if _several() and context.invoked_subcommand != "train":
+    if several() and context.invoked_subcommand != "train":
         raise click.UsageError(f"{context.invoked_subcommand} runs in one process, but WORLD_SIZE says there are more.")
 
 
@@ -149,43 +147,19 @@ def train(
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other: go on with the run, or replace it.")
-    if _several() and processes is not None:
+    if several() and processes is not None:
         raise click.UsageError(f"--processes: {os.environ['WORLD_SIZE']} are there already; leave it out.")
-    if _several():
-        from .processes import connect
-
-        connect()
     from .config_reading import load_config
-    from .run_directory import RunDirectory
+    from .starting import enter, start_here, start_processes
 
+    enter()
     settings = load_config(config, overrides)
-    main = not _several() or os.environ.get("RANK") == "0"
-    if main:  # one writer among processes; told before torch is waited for
-        RunDirectory(settings.output).refuse_occupied(resume=resume, overwrite=overwrite)
     if processes is not None and processes > 1:
-        from .launching import launch
-
-        _leave(launch(settings, _words(config, overrides, as_json, resume, overwrite, quiet), processes))
-    from .run import train as run_train
-
-    if _several():  # the run has its own way with signals; a launcher must not cut short what comes after it
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-    summary = run_train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
-    if main:
+        flags = {"--json": as_json, "--resume": resume, "--overwrite": overwrite, "--quiet": quiet}
+        leave(start_processes(settings, config, overrides, flags, processes))
+    summary = start_here(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+    if summary is not None:
         _show(summary, as_json, lambda: print_summary(summary, settings.output))
-
-
-def _words(config: str, overrides: tuple[str, ...], *flags: bool) -> list[str]:
-    """The command line of `train`, for the processes that do it."""
-    names = ("--json", "--resume", "--overwrite", "--quiet")
-    given = [name for name, is_set in zip(names, flags, strict=True) if is_set]
-    return ["train", config, *(word for one in overrides for word in ("--set", one)), *given]
-
-
-def _several() -> bool:
-    """Whether a launcher has started several processes; asked without waiting for torch."""
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 @cli.command()
@@ -377,26 +351,19 @@ def main() -> None:
         sys.stdout.flush()
     except click.exceptions.Abort:
         _complain("Interrupted.", "")
-        _leave(75)
+        leave(75)
     except click.ClickException as error:
         error.show()
-        _leave(2)
+        leave(2)
     except Exception as error:
-        known = error if isinstance(error, EngineError) else _explain(error)
-        told = _several() and not _first_to_fail()
+        known = error if isinstance(error, EngineError) else explain(error)
+        told = told_by_another()
         if known is None and not told:
             raise
         if known is not None and not told:
             _complain(known.problem, known.fix)
-        _leave(1 if known is None else known.exit_code)
-    _leave(0)
-
-
-def _first_to_fail() -> bool:
-    """What all processes meet is told by one."""
-    from .processes import first_to_fail
-
-    return first_to_fail()
+        leave(1 if known is None else known.exit_code)
+    leave(0)
 
 
 def _show(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -414,33 +381,6 @@ def _streamer(tokenizer: Any) -> Any:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _explain(error: Exception) -> EngineError | None:
-    """A fault of the machine in the user's words; None for one of our own."""
-    from .run_directory import explain_storage
-
-    text = str(error)
-    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if "torch" in sys.modules and isinstance(error, RuntimeError):
-        from .training.guards import is_out_of_memory
-
-        memory = memory or is_out_of_memory(error)
-        if _several():
-            from .processes import is_lost, lost
-
-            if is_lost(error):
-                return lost()
-    if isinstance(error, ImportError):  # a shared library that found no room
-        memory = memory or "failed to map segment" in text or "cannot allocate memory" in text.lower()
-    if memory:
-        return OutOfMemory(
-            f"Memory ran out ({text.splitlines()[0] if text else type(error).__name__}).",
-            "Use a machine with more memory, or take a smaller model, a lower data.max_length or fewer rows.",
-        )
-    if not isinstance(error, OSError):
-        return None
-    return explain_storage(error, None if error.filename else Path("standard output or a file"))
-
-
 def _complain(problem: str, fix: str) -> None:
     click.echo(f"error: {problem}", err=True)
     if fix:
@@ -456,12 +396,3 @@ def _calm_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _leave(code: int) -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:  # told already; Python would tell it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stderr.flush()
-    sys.exit(code)

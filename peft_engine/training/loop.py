@@ -84,7 +84,7 @@ class Loop:
             if step % evaluate_every == 0 or last:
                 self._evaluate_all(step)
             last = last or all(t.stopped for t in self.trainees)
-            reason = stop_reason(self.signals, self.config.budget, self.hooks.elapsed())
+            reason = stop_reason(self.config, self.signals, self.hooks.elapsed())
             if step % save_every == 0 or last or reason:
                 self.hooks.save(step)
             if reason and not last:

@@ -3,7 +3,7 @@
 import signal
 
 from .. import processes
-from ..config import BudgetConfig
+from ..config import BudgetConfig, Config
 from ..errors import BudgetReached, Interrupted
 from ..meters.cost import cost_usd
 from .guards import Signals
@@ -13,8 +13,9 @@ GO_ON, HOURS, USD = 0, 1, 2  # a larger number wins; above stand the numbers of 
 SIGNALS = 100
 
 
-def stop_reason(signals: Signals, budget: BudgetConfig, seconds: float) -> Interrupted | BudgetReached | None:
+def stop_reason(config: Config, signals: Signals, seconds: float) -> Interrupted | BudgetReached | None:
     """Why to stop after this step, None to go on. A signal to any process, or the budget on any clock, stops all."""
+    budget = config.budget
     decided = int(processes.maximum([_own_wish(signals, budget, seconds)])[0])
     if decided > SIGNALS:
         return Interrupted(
