@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_flash_attn_2_available
 
+from . import processes
 from .config import Config, ModelConfig
 from .errors import ConfigError, EngineError, OutOfMemory, StorageError
 from .runtime import seed_everything
@@ -132,7 +133,8 @@ def load_model(
             f"{shown}.",
             f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
         )
-    return model.to(device), new
+    waits = config.training.parallel == "fsdp" and processes.world() > 1  # moves to its device part by part
+    return model if waits else model.to(device), new
 
 
 def _refuse_flash(settings: ModelConfig, device: torch.device) -> None:

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
+from . import processes
 from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
+from .adapters.sharding import shard
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
@@ -23,7 +25,11 @@ from .training.state import Trainee
 
 
 def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
-    """Every split that there is, tokenised (from the cache where it holds them)."""
+    """Every split that there is, tokenised (from the cache where it holds them): by the first process, for all."""
+    return processes.from_first(lambda: _encode_splits(task, splits, config))
+
+
+def _encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
     found: dict[str, EncodedSet] = {}
     for name in ("train", "eval", "test"):
         split = getattr(splits, name)
@@ -46,6 +52,9 @@ def build_group(
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
     refuse_mixed_dtypes(group, runtime)
+    if runtime.sharded:
+        shard(group, runtime)
+    processes.copy_first([t.data for member in group.members for t in member.tensors.values()])
     if config.kernels != "off":
         group.fused = fuse(group.model, config.kernels)
         group.rows = row_seeds(group.model)

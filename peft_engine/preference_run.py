@@ -27,9 +27,9 @@ from .meters.memory import LiveBytes
 from .run import Run
 from .runtime import seed_everything
 from .training.guards import check_gradients, is_out_of_memory
-from .training.loop import stop_reason
 from .training.optim import make_schedule, set_learning_rate
 from .training.state import Trainee
+from .training.stopping import stop_reason
 
 ENGINE_SETS = {
     "beta": "preference.beta",

@@ -21,6 +21,7 @@ ORDER = (
     "config_messages",
     "config_writing",
     "config_reading",
+    "processes",
     "runtime",
     "meters",
     "backbone",
@@ -39,6 +40,9 @@ ORDER = (
     "using",
     "inspection",
     "printing",
+    "faults",
+    "launching",
+    "starting",
     "cli",
     "__main__",
 )

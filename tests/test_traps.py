@@ -5,6 +5,7 @@ Tests go through the engine's own calls. `mutants.py` takes the guards out one b
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chat_samples import CHATML, CHATML_TOKENS, LLAMA3, MARKED, PHI3, byte_tokenizer, chatml, metaspace_tokenizer
+from comparing import changed, write_config
+from ranks import done, ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import assemble, chat_rows, class_rows, config, make_model, pair_rows, sentence, write_rows
@@ -416,6 +419,40 @@ def test_trap_06_no_false_alarm(tiny_model, tmp_path, adapter):
     assert rows_of(of)[0]["learning_rate"] == 0.0
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_trap_06_several_processes_hide_no_dead_tensor(tiny_model, tmp_path, parallel):
+    """Adding gradients up over processes turns one that is nowhere into zeros."""
+    shutil.copytree(tiny_model("gpt2"), tmp_path / "model")
+    shape = GPT2Config.from_pretrained(tmp_path / "model", add_cross_attention=True)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "model")  # cross-attention to an encoder that is not there
+    of = settings(LM, tmp_path / "model", tmp_path, pair_rows(8), training={"parallel": parallel})
+    ended = ranks("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
+    assert [one.code for one in ended] == [2, 2]
+    assert "12 of 28 trainable tensors got no gradient" in ended[0].err + ended[1].err
+
+
+# 7 — a sharded backbone
+
+
+@pytest.mark.parametrize(("task", "family"), [(LM, "llama"), (LM, "qwen2"), (CLASSES, "bert")])
+def test_trap_07_a_sharded_run_saves_whole_adapters(tiny_model, tmp_path, task, family):
+    """Two processes with FSDP2: every tensor of one process's file, as large, moved and loaded by plain peft."""
+    rows = class_rows(10) if task == CLASSES else pair_rows(10)
+    steps = {"optimizer": "sgd", "learning_rate": 0.3}  # Adam makes much of the rounding of a tiny gradient
+    alone = settings(task, tiny_model(family), tmp_path, rows, adapter={"dropout": 0.1}, training=steps)
+    train(alone)
+    of = changed(alone, output=str(tmp_path / "sharded"), training__parallel="fsdp")
+    done("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
+    held = json.loads((Path(of.output) / "run.json").read_text())["processes"]
+    assert held["parallel"] == "fsdp"
+    expected, found = trained(alone), trained(of)
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
+    for name, tensor in expected.items():
+        assert tensor.any()
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    saved = load_file(newest(of) / "default.adapter.safetensors")
+    assert sum(t.numel() for t in saved.values()) == sum(t.numel() for t in expected.values())
+    export(of.output)  # raises where plain peft's logits differ
 # 8 — samples of a pack
 
 
@@ -1013,6 +1050,20 @@ def test_trap_19_a_damaged_cache_is_written_anew(tiny_model, tmp_path):
         assert np.array_equal(again.rows, whole.rows)
         assert len(path.read_bytes()) == len(content)
         assert path.read_bytes() != damaged
+
+
+# 20 — the schedule's steps
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_trap_20_the_schedule_counts_optimizer_steps(tiny_model, tmp_path, parallel):
+    """Neither processes nor micro-batches enter: two epochs of 10 rows by 4 are 6 steps, down to almost nothing."""
+    steps = {"epochs": 2, "steps": None, "schedule": "cosine", "warmup": 2, "micro_batch_size": 1}
+    of = settings(LM, tiny_model("llama"), tmp_path, pair_rows(10), training={**steps, "parallel": parallel})
+    done("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
+    rates = [row["learning_rate"] for row in rows_of(of)]
+    falling = [(1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)]
+    assert rates == pytest.approx([1e-2 * factor for factor in (0, 1 / 2, 1, *falling)])
 
 
 # 21 — targets

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..adapters.group import Group, Member
+from ..adapters.sharding import own_part
 from ..config import Config
 from ..data.encoding import EncodedSet
-from ..errors import BudgetReached, Diverged, Interrupted, OutOfMemory
-from ..meters.cost import cost_usd
+from ..errors import Diverged, OutOfMemory
 from ..meters.memory import LiveBytes
 from ..runtime import Runtime, combine, seed_everything
 from ..tasks.base import Task
@@ -22,6 +22,7 @@ from .guards import Signals, check_gradients, check_moving, describe_rows, is_ou
 from .optim import make_schedule, set_learning_rate
 from .state import Trainee
 from .step import Gradients, clip, gradients
+from .stopping import agree_on_micro_batches, stop_reason
 
 SKIPS_IN_A_ROW = 50  # fp16 scaler: so many steps without a finite gradient are a divergence
 
@@ -99,13 +100,13 @@ class Loop:
         tensors = list(trainee.member.tensors.values())
         self.group.activate(trainee.member)
         heavy = self.runtime.device.type == "cpu" and step == trainee.plan.heaviest_step(self.total_steps)
-        meter = LiveBytes(self._resident(trainee)) if heavy else None
+        meter = LiveBytes(self._resident(trainee), self.runtime.sharded) if heavy else None
         with meter or nullcontext():
             found = self._gradients(trainee, step)
             loss, norm = float(found.loss), float(found.norm)
             self._refuse_not_finite(trainee, step, loss, norm)
             if trainee.step == 0:
-                check_gradients(trainee.member)
+                check_gradients(trainee.member, found.reached)
             clip(tensors, found.norm, settings.max_grad_norm)
             set_learning_rate(trainee.optimizer, factor)
             self._update(trainee)
@@ -122,6 +123,7 @@ class Loop:
     def _gradients(self, trainee: Trainee, step: int) -> Gradients:
         """Gradients of a step; halves the micro-batch on out-of-memory and begins the same step again (trap 24)."""
         rows = trainee.plan.rows(step)
+        rows, plan = trainee.plan.rows(step), trainee.plan
         units = self.data.units[rows].sum().item()
         rank, world = self.runtime.rank, self.runtime.world
         tensors = list(trainee.member.tensors.values())
@@ -129,22 +131,35 @@ class Loop:
             seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)
             seed = combine(trainee.member.spec.seed, 4, step)
             size = trainee.micro_batch_size
-            pieces = trainee.plan.micro_batches(step, size, rank, world)
+            pieces = plan.micro_batches(step, size, rank, world)
+            # a sharded backbone runs in all processes at once: who has fewer pieces passes rows without weight
+            most = max(len(plan.micro_batches(step, size, other, world)) for other in range(world))
+            idle = [rows[:1]] * (most - len(pieces)) if self.runtime.sharded else []
             try:
-                found = gradients(self.group, self.task, self.data, pieces, units, tensors, self.runtime, seed)
-                return self._unscaled(trainee, found)
+                found = self._unscaled(
+                    trainee,
+                    gradients(self.group, self.task, self.data, pieces, units, tensors, self.runtime, seed, idle),
+                )
+                break
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
-                smaller = trainee.plan.smaller(step, size, rank, world)
-                if smaller is None or self.config.training.micro_batch_size != "auto":
+                smaller = plan.smaller(step, size, rank, world)
+                # sharded: none can try again alone
+                if smaller is None or self.config.training.micro_batch_size != "auto" or self.runtime.sharded:
                     raise self._out_of_memory(size, error) from error
             trainee.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             trainee.micro_batch_size = smaller
-            self.hooks.log({"step": step, "event": "out_of_memory", "micro_batch_size": trainee.micro_batch_size})
+            self._log_smaller(trainee, step)
+        if self.config.training.micro_batch_size == "auto" and agree_on_micro_batches(trainee):
+            self._log_smaller(trainee, step)
+        return found
+
+    def _log_smaller(self, trainee: Trainee, step: int) -> None:
+        self.hooks.log({"step": step, "event": "out_of_memory", "micro_batch_size": trainee.micro_batch_size})
 
     def _unscaled(self, trainee: Trainee, found: Gradients) -> Gradients:
         """fp16: take the loss scale out of the gradients before anything looks at their norm."""
@@ -269,25 +284,8 @@ class Loop:
             for v in s.values()
             if isinstance(v, torch.Tensor)
         ]
-        return [*self.group.model.parameters(), *self.group.model.buffers(), *states]
+        weights = [own_part(tensor) for tensor in (*self.group.model.parameters(), *self.group.model.buffers())]
+        return [*weights, *states]
 
     def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:
         return row if len(self.trainees) == 1 else {"member": trainee.member.spec.name, **row}
-
-
-def stop_reason(config: Config, signals: Signals, seconds: float) -> Interrupted | BudgetReached | None:
-    """Why to stop after this step: a signal, or a budget that `seconds` of wall time have used up."""
-    if signals.wanted:
-        return Interrupted(
-            f"{signals.wanted}: stopped after a complete checkpoint.",
-            "Run it again with --resume (and without --overwrite).",
-        )
-    budget = config.budget
-    spent = cost_usd(seconds, budget.usd_per_hour)
-    if budget.max_hours is not None and seconds >= budget.max_hours * 3600:
-        return BudgetReached(f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume.")
-    if budget.max_usd is not None and spent is not None and spent >= budget.max_usd:
-        return BudgetReached(
-            f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume."
-        )
-    return None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..adapters.group import Group
 from ..data.encoding import EncodedSet
 from ..data.packing import Packs
@@ -26,10 +27,12 @@ class Gradients:
     Attributes:
         loss: mean over the global batch's units, fp32 scalar on the device.
         norm: of the whole gradient before clipping, fp32 scalar on the device.
+        reached: with several processes, in how many of them each tensor got a gradient, (tensors,) on the device.
     """
 
     loss: Tensor
     norm: Tensor
+    reached: Tensor | None = None
 
 
 def gradients(
@@ -41,6 +44,7 @@ def gradients(
     tensors: Sequence[nn.Parameter],
     runtime: Runtime,
     seed: int,
+    idle: Sequence[np.ndarray] = (),
 ) -> Gradients:
     """Accumulate gradients of the mean loss over the whole global batch into `tensors`.
 
@@ -54,21 +58,25 @@ def gradients(
         seed: of this member and step; with a row's number it names the row's dropout masks in a fused model, which
             therefore depend neither on the cut into micro-batches nor on the number of processes. So do augmentations.
             A pack's masks are named by all of its rows.
+        idle: rows to pass through the model with no weight, because another process has more micro-batches and a
+            sharded backbone runs in all processes at once.
     """
     accelerator = runtime.accelerator
-    total = torch.zeros((), device=runtime.device)
-    for rows in micro_batches:
+    total, reached = torch.zeros((), device=runtime.device), None
+    for place, rows in enumerate([*micro_batches, *idle]):
         batch = to_device(collated(task, data, rows, seed), runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
         with accelerator.autocast():
             loss = task.training_loss(group.model, batch) / units
+            if place >= len(micro_batches):
+                loss = loss * 0
         accelerator.backward(loss)
         total += loss.detach()
     if runtime.world > 1:
-        total = _sum_over_processes(tensors, total, runtime)
+        total, reached = _sum_over_processes(tensors, total)
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None])
-    return Gradients(total, norm)
+    return Gradients(total, norm, reached)
 
 
 def sample_seeds(seed: int, rows: np.ndarray | Packs) -> Tensor:
@@ -93,16 +101,19 @@ def clip(tensors: Sequence[nn.Parameter], norm: Tensor, limit: float | None) -> 
         torch.nn.utils.clip_grads_with_norm_(tensors, limit, norm)
 
 
-def _sum_over_processes(tensors: Sequence[nn.Parameter], total: Tensor, runtime: Runtime) -> Tensor:
-    """Add up gradients and losses over processes: what trains is small, so one flat reduction does."""
-    for tensor in tensors:
-        if tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
-    flat = torch.cat([total.reshape(1), *(t.grad.reshape(-1) for t in tensors if t.grad is not None)])
-    flat = runtime.accelerator.reduce(flat, "sum")
-    start = 1
-    for tensor in tensors:
-        assert tensor.grad is not None
-        tensor.grad.copy_(flat[start : start + tensor.numel()].view_as(tensor))
-        start += tensor.numel()
-    return flat[0]
+def _sum_over_processes(tensors: Sequence[nn.Parameter], loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up gradients and losses over processes: what trains is small, so one flat reduction does.
+
+    A process without rows, in an uneven last batch, adds zeros.
+
+    Returns:
+        The loss, and in how many processes each tensor got a gradient: adding hides where it is missing (trap 6).
+    """
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+    reached = torch.tensor([t.grad is not None for t in tensors], dtype=loss.dtype, device=loss.device)
+    flat = torch.cat([loss.reshape(1), reached, *(grad.reshape(-1) for grad in grads)])
+    flat = processes.total(flat)
+    head = 1 + len(tensors)
+    for tensor, grad, part in zip(tensors, grads, flat[head:].split([t.numel() for t in tensors]), strict=True):
+        tensor.grad = grad.copy_(part.view_as(grad))
+    return flat[0], flat[1:head]
