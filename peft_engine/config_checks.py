@@ -65,6 +65,10 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
     "evaluation.num_beams": ("seq2seq",),
     "preference": PREFERENCE,
+    "training.neftune_alpha": TEXT,
+    "training.ema_decay": (*TEXT, "image-classification"),
+    "training.trainable": (*TEXT, "image-classification"),
+    "training.frozen": (*TEXT, "image-classification"),
 }
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
@@ -145,7 +149,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for name, reason in inapplicable(values).items():
         if lookup(given, name) not in NEUTRAL:
             faults.append(Fault(tuple(name.split(".")), reason))
-    for check in (_empty_text, _splits, _labels, _targets, _patterns, _steps, _budget):
+    for check in (_empty_text, _splits, _labels, _targets, _patterns, _selection, _start_from, _steps, _budget):
         faults.extend(check(values))
     if lookup(values, "adapter.method") == "lora":
         faults.extend(_options(values))
@@ -226,6 +230,25 @@ def _patterns(values: Tree) -> Iterator[Fault]:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in lookup(values, f"adapter.{name}"):
             yield from _regex(("adapter", name, pattern), pattern)
+
+
+def _selection(values: Tree) -> Iterator[Fault]:
+    for name in ("trainable", "frozen"):
+        for number, pattern in enumerate(lookup(values, f"training.{name}") or ()):
+            yield from _regex(("training", name, number), pattern)
+    if lookup(values, "training.trainable") == []:
+        yield Fault(("training", "trainable"), "got an empty list, which would train nothing; null trains all")
+
+
+def _start_from(values: Tree) -> Iterator[Fault]:
+    init = lookup(values, "adapter.init")
+    if lookup(values, "adapter.start_from") is not None and str(init).startswith(("pissa", "olora")):
+        yield Fault(
+            ("adapter", "start_from"),
+            f"can't be combined with adapter.init {init}, which begins at weights of its own and moves them out of the "
+            "frozen ones; remove init (a run that used it is saved as an adapter of twice its rank for the original "
+            "weights: take adapter.rank and adapter.alpha from r and lora_alpha of its adapter_config.json)",
+        )
 
 
 def _regex(path: KeyPath, pattern: str) -> Iterator[Fault]:

@@ -145,6 +145,13 @@ class _Run:
                 f"The backbone's weights are not those {checkpoint} was trained on.",
                 "Restore the model, or start anew with --overwrite.",
             )
+        was, now = state.get("started_from"), self.group.started_from
+        if (was or {}).get("sha256") != (now or {}).get("sha256"):
+            raise ConfigError(
+                f"adapter.start_from: {self.config.adapter.start_from} does not hold the weights that the run of "
+                f"{checkpoint} began with.",
+                "Restore that adapter, or start anew with --overwrite.",
+            )
 
     def _loop(self) -> Loop:
         hooks = Hooks(
@@ -197,6 +204,7 @@ class _Run:
             "scaler": self.runtime.accelerator.scaler and self.runtime.accelerator.scaler.state_dict(),
             "data_digest": self.splits.digest,
             "weights_digest": self.group.backbone.weights_digest,
+            "started_from": self.group.started_from,
             "machine": machine(),
         }
         if not self.directory.writes:
@@ -246,6 +254,7 @@ class _Run:
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": trainable,
             "total_parameters": total,
+            "started_from": self.group.started_from,
             "cost_usd": cost_usd(self._elapsed(), self.config.budget.usd_per_hour),
             "energy": None,
             "steps": trainee.step,

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.group import Group
+from ..adapters.neftune import padded_samples
 from ..data.encoding import EncodedSet
 from ..runtime import Runtime
-from ..tasks.base import Task, to_device
+from ..tasks.base import Batch, Task, to_device
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two rows share a number
 
@@ -55,17 +57,26 @@ def gradients(
     accelerator = runtime.accelerator
     total = torch.zeros((), device=runtime.device)
     for rows in micro_batches:
-        batch = to_device(task.collate(data, rows), runtime.device)
+        collated = task.collate(data, rows)
+        batch = to_device(collated, runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
-        with accelerator.autocast():
-            loss = task.training_loss(group.model, batch) / units
-        accelerator.backward(loss)
+        with _noise(group, batch, collated, sample_seeds(seed, rows)):  # also over backward: a replay needs it again
+            with accelerator.autocast():
+                loss = task.training_loss(group.model, batch) / units
+            accelerator.backward(loss)
         total += loss.detach()
     if runtime.world > 1:
         total = _sum_over_processes(tensors, total, runtime)
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None])
     return Gradients(total, norm)
+
+
+def _noise(group: Group, batch: Batch, collated: Batch, seeds: Tensor) -> AbstractContextManager[None]:
+    """NEFTune's noise on this batch's embeddings, where it is asked for."""
+    if group.noise is None:
+        return nullcontext()
+    return group.noise.during(batch["input_ids"], padded_samples(collated["attention_mask"], seeds))
 
 
 def sample_seeds(seed: int, rows: np.ndarray) -> Tensor:
