@@ -24,6 +24,7 @@ from .meters.time import PhaseTimer
 from .run_directory import RunDirectory, refuse_other_settings, storage_errors
 from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
+from .tracking import Trackers
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from .training.guards import Signals
 from .training.loop import Hooks, Loop
@@ -52,7 +53,9 @@ def train(
     directory.refuse_occupied(resume=resume, overwrite=overwrite)
     signals = Signals()
     with directory, signals.handled(), ProgressView(Console(stderr=True), quiet or not main) as view:
-        return _Run(config, directory, signals, view, resume and directory.holds_run()).go()
+        run = _Run(config, directory, signals, view, resume and directory.holds_run())
+        with run.trackers:
+            return run.go()
 
 
 class _Run:
@@ -66,6 +69,7 @@ class _Run:
         self.began = time.perf_counter()
         self.earlier = 0.0  # wall seconds of the sessions before this one
         self.saved_phases: dict[str, float] = {}
+        self.trackers = Trackers(config, directory.path, directory.writes, view.warn)
         self.runtime = start(config)
         self.before: dict[str, Any] = {}
         self.moved: list[str] = []  # what a resumed run found changed of its machine and versions
@@ -86,6 +90,7 @@ class _Run:
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
         )
         self._open()
+        self.trackers.start(self.trainees[0].step)
         if not self.before:
             self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
             self.before = self._judge(self.group.members[0], self._final_split())
@@ -94,6 +99,7 @@ class _Run:
                 torch.cuda.reset_peak_memory_stats()
             self._loop().run()
         after = self._judge(self.group.members[0], self._final_split())
+        self.trackers.log({"step": self.trainees[0].step, "final": after})
         summary = self._summary(after)
         self._write_adapter(summary)
         summary["seconds"] = self._phases()
@@ -156,7 +162,7 @@ class _Run:
     def _loop(self) -> Loop:
         hooks = Hooks(
             evaluate=self._evaluate_during if "eval" in self.data else None,
-            log=self.directory.append_metrics,
+            log=self._log,
             save=self._save,
             fail=lambda record: self.directory.write_json("failure.json", record),
             progress=self.view.step,
@@ -175,6 +181,10 @@ class _Run:
             hooks,
             self.signals,
         )
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.directory.append_metrics(row)
+        self.trackers.log(row)
 
     def _evaluate_during(self, member: Member) -> dict[str, Any]:
         found = self._judge(member, "eval", generate=False)
@@ -270,6 +280,7 @@ class _Run:
                 "truncated": {n: d.truncated for n, d in self.data.items()},
             },
             "evaluations": trainee.evaluations,
+            "trackers": self.trackers.report(),
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
             "resumed_with_other": self.moved,
