@@ -81,7 +81,7 @@ class Trackers:
             again = name in known
             identity = known.setdefault(name, uuid.uuid4().hex[:12])
             try:
-                with environment(QUIET):
+                with _quietly():
                     tracker, used, place = OPENERS[name](self.folder, identity, step, self.config)
                     known[name] = used
                     self._open[name] = tracker
@@ -116,7 +116,7 @@ class Trackers:
 
     def _try(self, name: str, what: str, call: Callable[[Any], None]) -> None:
         try:
-            with environment(QUIET):
+            with _quietly():
                 call(self._open[name])
         except Exception as error:
             del self._open[name]
@@ -149,6 +149,13 @@ def environment(defaults: dict[str, str]) -> Iterator[None]:
     finally:
         for name in new:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without reports to the tools' makers; what they print goes to stderr, as stdout is the command line's own."""
+    with environment(QUIET), contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 Opened = tuple[Any, str, str]
@@ -219,8 +226,7 @@ def _trackio(folder: Path, identity: str, step: int, config: Config) -> Opened:
         auto_log_gpu=False,
         auto_log_cpu=False,
     )
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is the command line's own
-        tracker.start()
+    tracker.start()
     return tracker, identity, str(trackio.utils.TRACKIO_DIR)
 
 
