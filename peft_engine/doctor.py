@@ -160,8 +160,10 @@ class _Toys:
 
     def classify(self) -> str:
         words = _tokenizer()
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        model = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, pad_token_id=0, **shape))
+        shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = BertModel(
+            BertConfig(vocab_size=len(words), max_position_embeddings=64, pad_token_id=0, intermediate_size=64, **shape)
+        )
         model.save_pretrained(self.folder / "bert")
         words.save_pretrained(str(self.folder / "bert"))
         rows = [{"text": f"{'a' if i % 2 else 'the'} {_text(i)}", "label": ["no", "yes"][i % 2]} for i in range(40)]
@@ -172,9 +174,14 @@ class _Toys:
         words = _tokenizer()
         if not (self.folder / "llama").exists():
             torch.manual_seed(0)
-            shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+            shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
             settings = LlamaConfig(
-                vocab_size=len(words), intermediate_size=64, max_position_embeddings=64, eos_token_id=1, **shape
+                vocab_size=len(words),
+                intermediate_size=64,
+                max_position_embeddings=64,
+                eos_token_id=1,
+                num_key_value_heads=2,
+                **shape,
             )
             LlamaForCausalLM(settings).save_pretrained(self.folder / "llama")
             words.save_pretrained(str(self.folder / "llama"))
