@@ -36,10 +36,10 @@ class Sample:
 
 
 class Neftune:
-    """Adds noise to the output of one embedding module, inside `during` only.
+    """Adds noise to the output of a model's token embeddings, inside `during` only.
 
     Args:
-        model: its `get_input_embeddings` names the module.
+        model: its `get_input_embeddings` names the module; others that share its weight count as well.
         alpha: scale of the noise.
 
     Raises:
@@ -56,7 +56,11 @@ class Neftune:
                 f"training.neftune_alpha: {type(model).__name__} has no token embeddings to put noise on.",
                 "Leave it out.",
             )
-        self.embeddings, self.alpha = found, alpha
+        inside = set(found.modules())
+        weight = getattr(found, "weight", None)
+        # BART's encoder and decoder look up one weight, each through a module of its own
+        also = [m for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside and m.weight is weight]
+        self.embeddings, self.alpha = [found, *also], alpha
 
     @contextmanager
     def during(self, ids: Tensor, samples: Sequence[Sample]) -> Iterator[None]:
@@ -78,11 +82,12 @@ class Neftune:
             met += 1
             return out + noise_like(out, samples, self.alpha)
 
-        handle = self.embeddings.register_forward_hook(add)
+        handles = [module.register_forward_hook(add) for module in self.embeddings]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not met:
             raise ConfigError(
                 "training.neftune_alpha: the model did not look up its batch in its input embeddings, so there was no "

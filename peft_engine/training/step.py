@@ -6,13 +6,14 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..adapters.group import Group
-from ..adapters.neftune import padded_samples
+from ..adapters.neftune import packed_samples, padded_samples
 from ..data.encoding import EncodedSet
 from ..runtime import Runtime
 from ..tasks.base import Batch, Task, to_device
@@ -61,7 +62,7 @@ def gradients(
         batch = to_device(collated, runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
-        with _noise(group, batch, collated, sample_seeds(seed, rows)):  # also over backward: a replay needs it again
+        with _noise(group, data, batch, collated, rows, seed):  # also over backward: a replay needs it again
             with accelerator.autocast():
                 loss = task.training_loss(group.model, batch) / units
             accelerator.backward(loss)
@@ -72,11 +73,19 @@ def gradients(
     return Gradients(total, norm)
 
 
-def _noise(group: Group, batch: Batch, collated: Batch, seeds: Tensor) -> AbstractContextManager[None]:
-    """NEFTune's noise on this batch's embeddings, where it is asked for."""
+def _noise(
+    group: Group, data: EncodedSet, batch: Batch, collated: Batch, rows: Any, seed: int
+) -> AbstractContextManager[None]:
+    """NEFTune's noise on this batch's embeddings, where it is asked for. `collated` is the batch on the CPU."""
     if group.noise is None:
         return nullcontext()
-    return group.noise.during(batch["input_ids"], padded_samples(collated["attention_mask"], seeds))
+    packs = getattr(rows, "packs", None)
+    if packs is None:
+        samples = padded_samples(collated["attention_mask"], sample_seeds(seed, rows))
+    else:
+        seeds = [sample_seeds(seed, pack).tolist() for pack in packs]
+        samples = packed_samples([data.lengths[pack].tolist() for pack in packs], seeds)
+    return group.noise.during(batch["input_ids"], samples)
 
 
 def sample_seeds(seed: int, rows: np.ndarray) -> Tensor:

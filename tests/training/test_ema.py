@@ -43,7 +43,7 @@ def direct(history: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("decay", [0.6, 0.999])
 def test_the_average_is_the_weighted_mean_of_all_weights_after_updates(decay, tiny_model, tmp_path):
     settings = small(tiny_model("llama"), tmp_path, steps=6, ema_decay=decay, warmup=0)
     run = assemble(settings)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from comparing import Crash, changed, crash_at, outcome, small
 from tiny import assemble, class_rows, config, make_model, write_rows
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from peft_engine.adapters.neftune import Neftune, Sample, noise_like, packed_samples, padded_samples
 from peft_engine.config import Config
@@ -100,8 +102,7 @@ def test_what_the_model_sees(family, tiny_model, tmp_path):
     assert torch.equal(seen[0][1], clean)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize(("kernels", "checkpointing"), [("auto", False), ("off", True)])
 def test_a_run_does_not_depend_on_the_cut(kernels, checkpointing, tiny_model, tmp_path):
     """1, 2 or 5 rows at once, fused or not, replayed or not: the same losses; without noise they are others."""
     settings = small(tiny_model("llama"), tmp_path, steps=4, batch_size=5, micro_batch_size=5, neftune_alpha=5.0)
@@ -130,6 +131,39 @@ def test_resume_gives_the_same_bits(tiny_model, tmp_path, monkeypatch):
             train(broken)
     train(broken, resume=True)
     assert outcome(broken.output) == outcome(whole.output)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_encoder_of_a_pair_gets_it_and_the_decoder_does_not(family):
+    """Both share one table of embeddings; T5 also one module."""
+    sizes = {"vocab_size": 40, "d_model": 16}
+    if family == "t5":
+        model = T5ForConditionalGeneration(T5Config(**sizes, d_kv=4, d_ff=32, num_layers=1, num_heads=4))
+    else:
+        ends = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        model = BartForConditionalGeneration(BartConfig(**sizes, **ends, encoder_ffn_dim=32, decoder_ffn_dim=32))
+    model.eval()
+    ids, targets = torch.arange(3, 11).view(2, 4), torch.arange(12, 20).view(2, 4)
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == 40]
+    noise = Neftune(model, 5.0)
+    samples = padded_samples(torch.ones_like(ids), torch.tensor([1, 2]))
+
+    def embedded(noisy: bool) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            found["source" if torch.equal(given[0], ids) else "target"] = out.detach()
+
+        with noise.during(ids, samples) if noisy else nullcontext():
+            handles = [table.register_forward_hook(keep) for table in tables]  # after ours, so that they see it
+            model(input_ids=ids, decoder_input_ids=targets)
+        for handle in handles:
+            handle.remove()
+        return found
+
+    clean, noisy = embedded(False), embedded(True)
+    assert torch.equal(noisy["target"], clean["target"])
+    assert torch.equal(noisy["source"], clean["source"] + noise_like(clean["source"], samples, 5.0))
 
 
 def test_a_model_that_never_embeds_its_batch_is_told(tmp_path):

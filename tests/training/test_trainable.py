@@ -31,9 +31,8 @@ def classifier(model, folder, **training) -> Config:
          lambda name: ("q_proj" in name or "v_proj" in name) and "layers.0." not in name),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("kernels", ["auto", "off"])
-def test_exactly_the_named_tensors_train_and_all_are_saved(kernels, patterns, trains, tiny_model, tmp_path):
-    settings = changed(small(tiny_model("llama"), tmp_path, steps=4, **patterns), kernels=kernels)
+def test_exactly_the_named_tensors_train_and_all_are_saved(patterns, trains, tiny_model, tmp_path):
+    settings = small(tiny_model("llama"), tmp_path, steps=4, **patterns)
     run = assemble(settings)
     member = run.group.members[0]
     start = {name: tensor.detach().clone() for name, tensor in member.all_tensors().items()}
