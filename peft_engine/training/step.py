@@ -58,11 +58,11 @@ def gradients(
     accelerator = runtime.accelerator
     total = torch.zeros((), device=runtime.device)
     for rows in micro_batches:
-        collated = task.collate(data, rows)
-        batch = to_device(collated, runtime.device)
+        held = task.collate(data, rows)
+        batch = to_device(held, runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
-        with _noise(group, data, batch, collated, rows, seed):  # also over backward: a replay needs it again
+        with _noise(group, data, batch, held, rows, seed):  # also over backward: a replay needs it again
             with accelerator.autocast():
                 loss = task.training_loss(group.model, batch) / units
             accelerator.backward(loss)
@@ -74,14 +74,14 @@ def gradients(
 
 
 def _noise(
-    group: Group, data: EncodedSet, batch: Batch, collated: Batch, rows: Any, seed: int
+    group: Group, data: EncodedSet, batch: Batch, held: Batch, rows: Any, seed: int
 ) -> AbstractContextManager[None]:
-    """NEFTune's noise on this batch's embeddings, where it is asked for. `collated` is the batch on the CPU."""
+    """NEFTune's noise on this batch's embeddings, where it is asked for. `held` is the batch on the CPU."""
     if group.noise is None:
         return nullcontext()
     packs = getattr(rows, "packs", None)
     if packs is None:
-        samples = padded_samples(collated["attention_mask"], sample_seeds(seed, rows))
+        samples = padded_samples(held["attention_mask"], sample_seeds(seed, rows))
     else:
         seeds = [sample_seeds(seed, pack).tolist() for pack in packs]
         samples = packed_samples([data.lengths[pack].tolist() for pack in packs], seeds)
