@@ -8,7 +8,10 @@ from . import processes
 from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
+from .adapters.neftune import Neftune
+from .adapters.selecting import select_trainable
 from .adapters.sharding import shard
+from .adapters.warm_start import start_from
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
@@ -19,6 +22,7 @@ from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
 from .tasks.preparing import for_training
+from .training.ema import Average
 from .training.isolation import batches_packs, prove_isolation, refuse_leaky
 from .training.optim import make_optimizer
 from .training.state import Trainee
@@ -51,6 +55,10 @@ def build_group(
         refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
+    group.started_from = start_from(group, config, getattr(task, "labels", None))
+    select_trainable(group, config.training)
+    if config.training.neftune_alpha is not None:
+        group.noise = Neftune(backbone.model, config.training.neftune_alpha)
     refuse_mixed_dtypes(group, runtime)
     if runtime.sharded:
         shard(group, runtime)
@@ -97,6 +105,7 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
                 data.mixture,
             ),
             micro,
+            Average.of(member, settings.ema_decay) if settings.ema_decay is not None else None,
         )
         for member in group.members
     ]
@@ -106,7 +115,7 @@ def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
     """Trained tensors are fp32; inside a narrower backbone, anything but LoRA's own products needs autocast."""
     dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
     narrow = dtypes - {torch.float32}
-    own = [name for name in group.members[0].tensors if ".lora_" not in name]
+    own = [name for name in group.members[0].all_tensors() if ".lora_" not in name]
     split = [m for m in group.model.modules() if not isinstance(m, LINEAR_TYPES) and len(_own_dtypes(m)) > 1]
     if split and runtime.device.type == "cpu":  # autocast mends this on CUDA, and linear layers everywhere
         raise ConfigError(

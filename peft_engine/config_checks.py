@@ -67,6 +67,10 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
     "evaluation.num_beams": ("seq2seq",),
     "preference": PREFERENCE,
+    "training.neftune_alpha": TEXT,
+    "training.ema_decay": (*TEXT, "image-classification"),
+    "training.trainable": (*TEXT, "image-classification"),
+    "training.frozen": (*TEXT, "image-classification"),
 }
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
@@ -156,6 +160,8 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _augment,
         _targets,
         _patterns,
+        _selection,
+        _start_from,
         _steps,
         _budget,
         _packing,
@@ -280,6 +286,25 @@ def _patterns(values: Tree) -> Iterator[Fault]:
             yield from _regex(("adapter", name, pattern), pattern)
 
 
+def _selection(values: Tree) -> Iterator[Fault]:
+    for name in ("trainable", "frozen"):
+        for number, pattern in enumerate(lookup(values, f"training.{name}") or ()):
+            yield from _regex(("training", name, number), pattern)
+    if lookup(values, "training.trainable") == []:
+        yield Fault(("training", "trainable"), "got an empty list, which would train nothing; null trains all")
+
+
+def _start_from(values: Tree) -> Iterator[Fault]:
+    init = lookup(values, "adapter.init")
+    if lookup(values, "adapter.start_from") is not None and str(init).startswith(("pissa", "olora")):
+        yield Fault(
+            ("adapter", "start_from"),
+            f"can't be combined with adapter.init {init}, which begins at weights of its own and moves them out of the "
+            "frozen ones; remove init (a run that used it is saved as an adapter of twice its rank for the original "
+            "weights: take adapter.rank and adapter.alpha from r and lora_alpha of its adapter_config.json)",
+        )
+
+
 def _regex(path: KeyPath, pattern: str) -> Iterator[Fault]:
     try:
         re.compile(pattern)
@@ -309,9 +334,6 @@ def _packing(values: Tree) -> Iterator[Fault]:
     packing = lookup(values, "data.packing")
     if lookup(values, "data.pack_tokens") is not None and not packing:
         yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
-    if packing and lookup(values, "training.neftune_alpha") is not None:
-        text = "its noise is scaled by a sequence's length, and a pack is longer than a sample; set packing: false"
-        yield Fault(("data", "packing"), f"can't be combined with training.neftune_alpha: {text}")
 
 
 def _attention(values: Tree) -> Iterator[Fault]:

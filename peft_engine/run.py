@@ -29,6 +29,7 @@ from .run_directory import RunDirectory, refuse_other_settings, storage_errors
 from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
 from .tasks.weighting import weights_by_class
+from .tracking import Trackers
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from .training.guards import Signals
 from .training.loop import Hooks, Loop
@@ -60,7 +61,9 @@ def train(
     signals = Signals()
     with directory, signals.handled(), ProgressView(Console(stderr=True), quiet or not main) as view:
         kind = _preference_run() if config.task in PREFERENCE else Run
-        return kind(config, directory, signals, view, resume).go()
+        run = kind(config, directory, signals, view, resume)
+        with run.trackers:
+            return run.go()
 
 
 def _preference_run() -> type["Run"]:
@@ -80,6 +83,7 @@ class Run:
         self.began = time.perf_counter()
         self.earlier = 0.0  # wall seconds of the sessions before this one
         self.saved_phases: dict[str, float] = {}
+        self.trackers = Trackers(config, directory.path, directory.writes, view.warn)
         self.runtime = start(config)
         self.resume = processes.from_first(lambda: resume and directory.holds_run())
         self.before: dict[str, Any] = {}
@@ -102,6 +106,7 @@ class Run:
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
         )
         self._open()
+        self.trackers.start(self.trainees[0].step)
         if not self.before:
             self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
             self.before = self._judge(self.group.members[0], self._final_split())
@@ -110,6 +115,7 @@ class Run:
                 torch.cuda.reset_peak_memory_stats()
             self._loop().run()
         after = self._judge(self.group.members[0], self._final_split())
+        self.trackers.log({"step": self.trainees[0].step, "final": after})
         summary = self._summary(after)
         self._write_adapter(summary)
         summary["seconds"] = self._phases()
@@ -177,6 +183,13 @@ class Run:
                 f"The backbone's weights are not those {checkpoint} was trained on.",
                 "Restore the model, or start anew with --overwrite.",
             )
+        was, now = state.get("started_from"), self.group.started_from
+        if (was or {}).get("sha256") != (now or {}).get("sha256"):
+            raise ConfigError(
+                f"adapter.start_from: {self.config.adapter.start_from} does not hold the weights that the run of "
+                f"{checkpoint} began with.",
+                "Restore that adapter, or start anew with --overwrite.",
+            )
 
     def _refuse_other_processes(self) -> None:
         """Every process must have read the same data and weights."""
@@ -192,7 +205,7 @@ class Run:
     def _loop(self) -> Loop:
         hooks = Hooks(
             evaluate=self._evaluate_during if "eval" in self.data else None,
-            log=self.directory.append_metrics,
+            log=self._log,
             save=self._save,
             fail=lambda record: self.directory.write_json("failure.json", record),
             progress=self.view.step,
@@ -211,6 +224,10 @@ class Run:
             hooks,
             self.signals,
         )
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.directory.append_metrics(row)
+        self.trackers.log(row)
 
     def _evaluate_during(self, member: Member) -> dict[str, Any]:
         found = self._judge(member, "eval", generate=False)
@@ -240,6 +257,7 @@ class Run:
             "scaler": self.runtime.accelerator.scaler and self.runtime.accelerator.scaler.state_dict(),
             "data_digest": self.splits.digest,
             "weights_digest": self.group.backbone.weights_digest,
+            "started_from": self.group.started_from,
             "machine": machine() | {"processes": self.runtime.world},
         }
         with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
@@ -297,6 +315,7 @@ class Run:
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": trainable,
             "total_parameters": total,
+            "started_from": self.group.started_from,
             "cost_usd": cost_usd(self._elapsed(), self.config.budget.usd_per_hour),
             "energy": None,
             "steps": trainee.step,
@@ -314,6 +333,7 @@ class Run:
             },
             "packing": packing_report(trainee.plan, self.total_steps, trainee.micro_batch_size),
             "evaluations": trainee.evaluations,
+            "trackers": self.trackers.report(),
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
             "resumed_with_other": self.moved,

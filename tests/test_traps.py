@@ -453,6 +453,8 @@ def test_trap_07_a_sharded_run_saves_whole_adapters(tiny_model, tmp_path, task, 
     saved = load_file(newest(of) / "default.adapter.safetensors")
     assert sum(t.numel() for t in saved.values()) == sum(t.numel() for t in expected.values())
     export(of.output)  # raises where plain peft's logits differ
+
+
 # 8 — samples of a pack
 
 

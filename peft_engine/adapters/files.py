@@ -51,29 +51,27 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Lo
     if group.method != "lora":
         base = group.backbone.model.config._name_or_path
         settings = {"format": TENSORS_FORMAT, "method": group.method, "base_model_name_or_path": base}
-        return dict(member.tensors), settings
+        return dict(member.all_tensors()), settings
     assert isinstance(group.model, PeftModel)
     config = deepcopy(group.model.peft_config[member.spec.name])
     assert isinstance(config, LoraConfig)
     config.inference_mode = True
     tensors = _file_tensors(group.model, member.spec.name)
-    expected = sum(t.numel() for t in member.tensors.values())
+    expected = sum(t.numel() for t in member.all_tensors().values())
     held = sum(t.numel() for t in tensors.values())
     if held != expected:
-        raise VerificationError(
-            f"peft would save {held} of {expected} trained parameters.", "Report this with the config."
-        )
+        raise VerificationError(f"peft would save {held} of {expected} parameters.", "Report this with the config.")
     if member.initial:
         tensors, config = without_moved_weights(tensors, member.initial, config)
     return tensors, config
 
 
-def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
-    """The backbone with the adapter of `folder`, as a group of one.
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of an adapter folder.
 
     Raises:
-        ConfigError: no adapter there, or it is another method's.
-        StorageError: the file can't be read, or its tensors are not exactly those of this model and method.
+        ConfigError: no adapter there.
+        StorageError: its files can't be read.
     """
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
         raise ConfigError(
@@ -93,6 +91,17 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
         raise StorageError(
             f"{folder / name} can't be read: {error.strerror or error}.", "Check who may read the run's files."
         ) from error
+    return tensors, settings
+
+
+def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
+    """The backbone with the adapter of `folder`, as a group of one.
+
+    Raises:
+        ConfigError: no adapter there, or it is another method's.
+        StorageError: the file can't be read, or its tensors are not exactly those of this model and method.
+    """
+    tensors, settings = read_adapter(folder)
     spec = MemberSpec("default", config.training.seed, config.training.learning_rate)
     if settings.get("format") == TENSORS_FORMAT:
         group = adapt(backbone, config, [spec])

@@ -7,6 +7,7 @@ tensors (`full`, `head`, `bitfit`) hold one member.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
 from .fusing import FuseReport, RowSeeds
+from .neftune import Neftune
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,18 @@ class Member:
     """A member's trainable tensors, by names that do not hold the member's own name.
 
     `initial` holds the start of A and B where the method moved their product out of the frozen weight (PiSSA, OLoRA).
+    `kept` holds the method's tensors that `training.trainable` and `training.frozen` take out of training; they are
+    saved with the others.
     """
 
     spec: MemberSpec
     tensors: dict[str, nn.Parameter]
     initial: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def all_tensors(self) -> dict[str, nn.Parameter]:
+        """All that the method adds or owns, trained or not: what an adapter file holds."""
+        return {**self.tensors, **self.kept}
 
 
 @dataclass
@@ -53,6 +62,8 @@ class Group:
         method: of `adapter.method`.
         fused: what `fuse` did to the model; None with `kernels: off`.
         rows: names the samples of a batch to the fused model's dropout.
+        noise: on the input embeddings in training, None without NEFTune.
+        started_from: what `adapter.start_from` gave, for the record.
     """
 
     backbone: Backbone
@@ -61,6 +72,8 @@ class Group:
     members: list[Member]
     fused: FuseReport | None = None
     rows: RowSeeds | None = None
+    noise: Neftune | None = None
+    started_from: dict[str, Any] | None = None
     _active: str | None = None
 
     def activate(self, member: Member) -> None:
@@ -68,6 +81,8 @@ class Group:
         if isinstance(self.model, PeftModel) and self._active != member.spec.name:
             self.model.set_adapter(member.spec.name)
             self._active = member.spec.name
+            for tensor in member.kept.values():  # peft lets all of an active adapter train
+                tensor.requires_grad_(False)
 
     @contextmanager
     def evaluating(self, member: Member) -> Iterator[nn.Module]:
@@ -82,8 +97,8 @@ class Group:
 
     def parameter_counts(self, member: Member) -> tuple[int, int]:
         """(trainable, total) parameters; other members' adapters are not counted."""
-        own = {id(t) for t in member.tensors.values()}
-        others = {id(t) for m in self.members for t in m.tensors.values()} - own
+        own = {id(t) for t in member.all_tensors().values()}
+        others = {id(t) for m in self.members for t in m.all_tensors().values()} - own
         total = sum(p.numel() for p in self.model.parameters() if id(p) not in others)
         return sum(t.numel() for t in member.tensors.values()), total
 

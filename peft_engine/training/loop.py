@@ -18,6 +18,7 @@ from ..errors import Diverged, OutOfMemory
 from ..meters.memory import LiveBytes
 from ..runtime import Runtime, combine, seed_everything
 from ..tasks.base import Task
+from .ema import averaged
 from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
 from .optim import make_schedule, set_learning_rate
 from .state import Trainee
@@ -91,7 +92,7 @@ class Loop:
                 raise reason
             if last:
                 break
-        self._restore_best()
+        self._final_weights()
 
     def _advance(self, trainee: Trainee, step: int, factor: float) -> None:
         """One optimizer step of one member."""
@@ -114,6 +115,8 @@ class Loop:
         trainee.step = step
         updated = factor > 0 and math.isfinite(norm)  # the fp16 scaler skips a step whose gradient overflowed
         trainee.updates += updated
+        if updated and trainee.average is not None:
+            trainee.average.update(trainee.member, trainee.updates)
         if updated and trainee.updates == 2:
             check_moving(trainee.member, self.config.adapter.init == "default")
         if meter:
@@ -250,10 +253,11 @@ class Loop:
         for trainee in self.trainees:
             if trainee.stopped or self.hooks.evaluate is None:
                 continue
-            metrics = self.hooks.evaluate(trainee.member)
-            trainee.evaluations.append({"step": step, **metrics})
-            self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
-            self._judge(trainee, step, float(metrics[self.task.primary]))
+            with averaged(trainee.member, trainee.average):
+                metrics = self.hooks.evaluate(trainee.member)
+                trainee.evaluations.append({"step": step, **metrics})
+                self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
+                self._judge(trainee, step, float(metrics[self.task.primary]))
 
     def _judge(self, trainee: Trainee, step: int, value: float) -> None:
         """Early stopping and the best weights so far."""
@@ -269,14 +273,16 @@ class Loop:
             trainee.waited += 1
         trainee.stopped = bool(stopping and trainee.waited >= stopping.patience)
 
-    def _restore_best(self) -> None:
+    def _final_weights(self) -> None:
+        """The best evaluation's weights, the average, or the last."""
         for trainee in self.trainees:
+            average = trainee.average.tensors if trainee.average is not None else {}
             with torch.no_grad():
-                for name, tensor in trainee.best_tensors.items():
+                for name, tensor in (trainee.best_tensors or average).items():
                     trainee.member.tensors[name].copy_(tensor)
 
     def _resident(self, trainee: Trainee) -> list[torch.Tensor]:
-        """Tensors that live from step to step: all weights and buffers, every member's optimizer state."""
+        """Tensors that live from step to step: all weights and buffers, every member's optimizer state and average."""
         states = [
             v
             for t in self.trainees
@@ -285,7 +291,8 @@ class Loop:
             if isinstance(v, torch.Tensor)
         ]
         weights = [own_part(tensor) for tensor in (*self.group.model.parameters(), *self.group.model.buffers())]
-        return [*weights, *states]
+        averages = [v for t in self.trainees if t.average is not None for v in t.average.tensors.values()]
+        return [*weights, *states, *averages]
 
     def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:
         return row if len(self.trainees) == 1 else {"member": trainee.member.spec.name, **row}

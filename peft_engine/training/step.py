@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from .. import processes
 from ..adapters.group import Group
+from ..adapters.neftune import packed_samples, padded_samples
 from ..data.encoding import EncodedSet
 from ..data.packing import Packs
 from ..runtime import Runtime
-from ..tasks.base import Task, collated, to_device
+from ..tasks.base import Batch, Task, collated, to_device
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two rows share a number
 
@@ -64,19 +66,35 @@ def gradients(
     accelerator = runtime.accelerator
     total, reached = torch.zeros((), device=runtime.device), None
     for place, rows in enumerate([*micro_batches, *idle]):
-        batch = to_device(collated(task, data, rows, seed), runtime.device)
+        held = collated(task, data, rows, seed)
+        batch = to_device(held, runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
-        with accelerator.autocast():
-            loss = task.training_loss(group.model, batch) / units
-            if place >= len(micro_batches):
-                loss = loss * 0
-        accelerator.backward(loss)
+        with _noise(group, data, batch, held, rows, seed):  # also over backward: a replay needs it again
+            with accelerator.autocast():
+                loss = task.training_loss(group.model, batch) / units
+                if place >= len(micro_batches):
+                    loss = loss * 0
+            accelerator.backward(loss)
         total += loss.detach()
     if runtime.world > 1:
         total, reached = _sum_over_processes(tensors, total)
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None])
     return Gradients(total, norm, reached)
+
+
+def _noise(
+    group: Group, data: EncodedSet, batch: Batch, held: Batch, rows: np.ndarray | Packs, seed: int
+) -> AbstractContextManager[None]:
+    """NEFTune's noise on this batch's embeddings, where it is asked for. `held` is the batch on the CPU."""
+    if group.noise is None:
+        return nullcontext()
+    if isinstance(rows, Packs):
+        seeds = [sample_seeds(seed, pack).tolist() for pack in rows.packs]
+        samples = packed_samples([data.lengths[pack].tolist() for pack in rows.packs], seeds)
+    else:
+        samples = padded_samples(held["attention_mask"], sample_seeds(seed, rows))
+    return group.noise.during(batch["input_ids"], samples)
 
 
 def sample_seeds(seed: int, rows: np.ndarray | Packs) -> Tensor:
