@@ -1,6 +1,7 @@
 """LoRA and its variants, injected by the peft library."""
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -26,7 +27,7 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
             "so members can't share it.",
             "Use init: default for a group.",
         )
-    _refuse_ambiguous_names(backbone, specs)
+    refuse_ambiguous_names(backbone, specs)
     settings = peft_settings(backbone, config)
     std = getattr(backbone.model.config, "initializer_range", 0.02)
     model: Any = None
@@ -85,7 +86,7 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
         raise ConfigError(f"peft refuses this adapter: {error}", "Correct adapter.options.") from error
 
 
-def _refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None:
+def refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None:
     """peft finds an adapter's tensors by its name between dots; a module of that name would be taken for it."""
     taken = {part for name, _ in backbone.model.named_parameters() for part in name.split(".")}
     taken |= {"base_model", "base_layer", "original_module", "modules_to_save"}
@@ -125,10 +126,19 @@ def without_moved_weights(
     return joined, wide
 
 
-def member_of(model: Any, spec: MemberSpec) -> Member:
-    """The adapter of that name as a member, in fp32."""
+def member_of(model: Any, spec: MemberSpec, names: Sequence[str] = ()) -> Member:
+    """The adapter of that name as a member, in fp32.
+
+    Args:
+        names: of all members; peft's prompt methods leave every prompt trainable.
+    """
     model.set_adapter(spec.name)
-    tensors = {plain_name(name, spec.name): p for name, p in model.named_parameters() if p.requires_grad}
+    others = {name for name in names if name != spec.name}
+    tensors = {
+        plain_name(name, spec.name): p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not others.intersection(name.split("."))
+    }
     for tensor in tensors.values():
         tensor.data = tensor.data.float()  # peft widens its adapters, not modules_to_save and biases (trap 17)
     return Member(spec, tensors)

@@ -1,6 +1,7 @@
 """The methods: which tensors train, and how they get onto the backbone.
 
-`METHODS` is the table; a method is a function (backbone, config, specs) → Group.
+`METHODS` is the table of those with code of their own; a method is a function (backbone, config, specs) → Group. All
+others are peft's.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from torch import nn
 
 from ..backbone import Backbone
 from ..config import Config
+from ..config_methods import WHOLE_TENSORS
 from ..errors import ConfigError
 from .group import Group, Member, MemberSpec, initialise
 from .lora import lora
+from .peft_methods import peft_method
 
 
 def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
@@ -21,13 +24,13 @@ def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
     Raises:
         ConfigError: nothing would train, a target matches nothing, or the method can't share its backbone.
     """
-    if len(specs) > 1 and config.adapter.method != "lora":
+    if len(specs) > 1 and config.adapter.method in WHOLE_TENSORS:
         raise ConfigError(
             f"adapter.method: {config.adapter.method} trains the backbone's own tensors, so it holds one member, "
             f"got {len(specs)}.",
             "Use lora for a group, or run the members one by one.",
         )
-    return METHODS[config.adapter.method](backbone, config, specs)
+    return METHODS.get(config.adapter.method, peft_method)(backbone, config, specs)
 
 
 def full(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
