@@ -7,6 +7,7 @@ import torch
 from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
+from .adapters.peft_methods import refuse_failing, virtual_tokens
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
@@ -36,9 +37,10 @@ def build_group(
 ) -> Group:
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = task.load(runtime.device)
-    refuse_too_long(backbone.model, data)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
     group = adapt(backbone, config, specs)
+    refuse_too_long(group.model, data)
+    refuse_failing(group, lambda model: task.forward(model, task.probe(group.backbone.model)))
     refuse_mixed_dtypes(group, runtime)
     if config.kernels != "off":
         group.fused = fuse(group.model, config.kernels)
@@ -98,10 +100,13 @@ def _own_dtypes(module: Any) -> set[torch.dtype]:
 
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
     """Sequences must fit the model's positions."""
-    positions = positions_of(model)
+    positions, taken = positions_of(model), virtual_tokens(model)
+    if positions is not None:
+        positions -= taken
     longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.",
+            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions"
+            + (f" beside the adapter's {taken}." if taken else "."),
             f"Set data.max_length: {positions}.",
         )

@@ -129,12 +129,12 @@ SETTINGS: dict[str, dict[str, str]] = {
             "osf",
             "peanut",
             "road",
-            "shadow",
             "supertuning",
             "waveft",
         )
     },
     **dict.fromkeys(PROMPTS, _HEAD),
+    "shadow": _HEAD,
     "trainable-tokens": {},
     "adaption-prompt": {},
     "xlora": {},

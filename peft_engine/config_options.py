@@ -15,6 +15,13 @@ OUR_NAMES = {
 }
 """peft's fields that are settings of ours with every method."""
 ALWAYS_ENGINE = ("inference_mode", "peft_version", "auto_mapping")
+ELSEWHERE = {
+    ("lora", "kasa_config"): "its loss term is not part of the engine's loss",
+    ("lora", "monteclora_config"): "its loss term is not part of the engine's loss",
+    ("adamss", "use_asa"): "its masks need a call after every step that the engine does not make",
+    ("cpt", "opt_weighted_loss_type"): "it is part of peft's own loss, and the engine's is another",
+}
+"""Options that would silently do nothing here."""
 NEEDS_DATA = {"eva": "eva", "lora-ga": "lora_ga"}
 """Starts of LoRA that are computed from training batches, with peft's names."""
 
@@ -48,6 +55,8 @@ def option_faults(method: str, adapter: Mapping[str, Any], steps: int | None) ->
         text = None
         if key in ours:
             text = f"is a setting of its own here; write {ours[key]}"
+        elif (method, key) in ELSEWHERE and adapter["options"][key] not in (None, False, "none"):
+            text = f"can't be used: {ELSEWHERE[method, key]}; remove it"
         elif key in engine:
             text = "is set by the engine; remove it"
         elif key not in free:

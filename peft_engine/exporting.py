@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters.files import save_adapter
 from .adapters.group import Group, Member
+from .adapters.peft_methods import trim_prompts
 from .config import Config
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
@@ -87,7 +88,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         ConfigError: the method is not peft's.
         VerificationError: they differ beyond the bound.
     """
-    if group.method != "lora":
+    if not isinstance(group.model, PeftModel):
         raise ConfigError(
             f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
             "Use export --merged.",
@@ -102,6 +103,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         dtype=group.backbone.model.dtype,
     )
     plain = PeftModel.from_pretrained(base.to(next(group.model.parameters()).device), str(folder))
+    trim_prompts(plain)
     return _judge(trained, _logits(plain, batch, task.plain_logits), group, "The adapter loaded in plain peft")
 
 
@@ -143,7 +145,7 @@ def _merge(model: PeftModel) -> Any:
     try:
         merge: Any = model.merge_and_unload
         return merge(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
 
 

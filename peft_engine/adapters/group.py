@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
+from .adalora import RankAllocation
 from .fusing import FuseReport, RowSeeds
 
 
@@ -36,12 +37,14 @@ class MemberSpec:
 class Member:
     """A member's trainable tensors, by names that do not hold the member's own name.
 
-    `initial` holds the start of A and B where the method moved their product out of the frozen weight (PiSSA, OLoRA).
+    `initial` holds the start of A and B where the method moved their product out of the frozen weight (PiSSA, OLoRA,
+    LoRA-GA). `allocation` is AdaLoRA's.
     """
 
     spec: MemberSpec
     tensors: dict[str, nn.Parameter]
     initial: dict[str, Tensor] = field(default_factory=dict)
+    allocation: RankAllocation | None = None
 
 
 @dataclass
@@ -68,6 +71,22 @@ class Group:
         if isinstance(self.model, PeftModel) and self._active != member.spec.name:
             self.model.set_adapter(member.spec.name)
             self._active = member.spec.name
+
+    def begin(self, total_steps: int) -> None:
+        """Before the first step of a run: methods with a schedule of their own hear how long it is."""
+        for member in self.members:
+            if member.allocation:
+                member.allocation.begin(total_steps)
+
+    def penalty(self) -> Tensor | None:
+        """A term that the active member's method adds to the loss of a whole step, fp32 scalar; None for most."""
+        found = next((m.allocation for m in self.members if m.allocation and m.spec.name == self._active), None)
+        return found.penalty() if found else None
+
+    def after_step(self, member: Member, step: int) -> None:
+        """After an optimizer step, with its gradients still there."""
+        if member.allocation:
+            member.allocation.after_step(step)
 
     @contextmanager
     def evaluating(self, member: Member) -> Iterator[nn.Module]:

@@ -1,6 +1,6 @@
 """Every other method of the peft library, injected by its own name. `lora.py` holds LoRA."""
 
-import inspect
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..config_methods import PROMPTS, SETTINGS, plain_fields
 from ..config_options import peft_config_class
 from ..errors import ConfigError
 from ..runtime import seed_everything
+from .adalora import RankAllocation
 from .group import Group, Member, MemberSpec, initialise
 from .lora import member_of, refuse_ambiguous_names
 from .targets import find_modules_to_save, find_targets, shorten
@@ -32,6 +33,12 @@ def peft_method(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> 
             would not train; other modules than the targets would be adapted.
     """
     method = config.adapter.method
+    if method == "shadow":
+        raise ConfigError(
+            "adapter.method: shadow trains its second road by a loss of its own inside peft's forward, which the "
+            "engine's losses do not have.",
+            "Use another method such as lora.",
+        )
     refuse_ambiguous_names(backbone, specs)
     settings, targets = peft_settings(backbone, config)
     std = getattr(backbone.model.config, "initializer_range", 0.02)
@@ -51,6 +58,8 @@ def peft_method(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> 
     trim_prompts(model)
     members = [member_of(model, spec, [s.name for s in specs]) for spec in specs]
     _refuse_shared(method, members)
+    if method == "adalora":
+        members[0].allocation = RankAllocation(model, specs[0].name)
     group = Group(backbone, model, method, members)
     group.activate(members[0])
     return group
@@ -89,6 +98,10 @@ def peft_settings(backbone: Backbone, config: Config) -> tuple[PeftConfig, list[
             "is new and must be trained.",
             "Use another method such as lora.",
         )
+    if method == "ia3":
+        fields.setdefault("feedforward_modules", [])  # every target's output is scaled
+    if method == "oft":
+        _refuse_overlapping_patches(backbone, targets)
     if method == "adalora":
         fields["total_step"] = 10**9  # the run's, as soon as it is known: Group.begin
     try:
@@ -113,8 +126,35 @@ def _refuse_other_modules(model: PeftModel, method: str, targets: list[str]) -> 
         raise ConfigError(
             f"adapter.targets: peft's {method} {what} {', '.join(wrong[:3])}"
             + (f" and {len(wrong) - 3} more." if len(wrong) > 3 else "."),
-            "Name the modules by a list of endings that fits them only.",
+            "Name modules that it takes, by endings that fit them only, or use another method.",
         )
+
+
+def _refuse_overlapping_patches(backbone: Backbone, targets: list[str]) -> None:
+    """peft's oft turns patches of the input and adds them up again, which is the input only where none overlap."""
+    for name in targets:
+        module = backbone.model.get_submodule(name)
+        if isinstance(module, nn.Conv2d) and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True)):
+            raise ConfigError(
+                f"adapter.method: oft on {name} would change the model before any training: peft adds up the "
+                "overlapping patches of a convolution.",
+                "Target convolutions with a kernel of 1 (or a stride as large as the kernel), or use boft or lora.",
+            )
+
+
+def refuse_failing(group: Group, forward: Callable[[nn.Module], Any]) -> None:
+    """Run the adapted model once without gradients, before any time is spent: some methods need what no task gives.
+
+    Raises:
+        ConfigError: with the exception's own words.
+    """
+    if not isinstance(group.model, PeftModel) or group.method == "lora":
+        return
+    with group.evaluating(group.members[0]) as model, torch.no_grad():
+        try:
+            forward(model)
+        except REFUSALS as error:
+            raise refusal(group.method, error) from error
 
 
 def _refuse_shared(method: str, members: list[Member]) -> None:

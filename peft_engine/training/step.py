@@ -62,6 +62,10 @@ def gradients(
             loss = task.training_loss(group.model, batch) / units
         accelerator.backward(loss)
         total += loss.detach()
+    penalty = group.penalty()  # of the step, not of its rows: once, whatever the cut
+    if penalty is not None:
+        accelerator.backward(penalty / runtime.world)
+        total += penalty.detach() / runtime.world
     if runtime.world > 1:
         total = _sum_over_processes(tensors, total, runtime)
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None])
