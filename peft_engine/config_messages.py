@@ -42,8 +42,8 @@ def nests(schema: Schema) -> bool:
 
 def child(schema: Schema, part: str | int) -> Any:
     """The schema one step down; None where there is no such place."""
-    schema = resolve(schema)
-    for option in schema.get("anyOf", [schema]):
+    for choice in schema.get("anyOf", [schema]):
+        option = resolve(choice)
         if isinstance(part, int):
             if "prefixItems" in option or "items" in option:
                 items = option.get("prefixItems", [])
@@ -230,13 +230,15 @@ def _own_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, bool]:
     """pydantic's location without its names of union members; whether the key itself is the fault."""
     path: list[str | int] = []
     schema: Schema | None = full_schema()
+    skipped = False
     for part in loc:
         if part == "[key]":
             return tuple(path), True
         below = child(schema, part) if schema is not None else None
-        union = schema is not None and "anyOf" in resolve(schema)
-        if below is None and union and isinstance(part, str):
+        choices = [c for c in (schema or {}).get("anyOf", ()) if c.get("type") != "null"]
+        if below is None and len(choices) > 1 and isinstance(part, str) and not skipped:
+            skipped = True
             continue
         path.append(part)
-        schema = below
+        schema, skipped = below, False
     return tuple(path), False

@@ -226,6 +226,7 @@ VALUES = {
 """Other tools' words for our values."""
 
 EXPECTED = {
+    "adapter.layers": "a list of layer numbers from 0, {first: N}, {last: N}, or null",
     "adapter.init": "one of default, gaussian, orthogonal, olora, pissa, pissa_niter_N such as pissa_niter_16, eva, "
     "or lora-ga",
 }
