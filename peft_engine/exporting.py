@@ -17,6 +17,7 @@ from .adapters.files import save_adapter
 from .adapters.group import Group, Member
 from .adapters.peft_methods import trim_prompts
 from .config import Config
+from .config_methods import BOTTLENECK
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
@@ -91,7 +92,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
     if not isinstance(group.model, PeftModel):
         raise ConfigError(
             f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
-            "Use export --merged.",
+            "Its files load in this engine." if config.adapter.method in BOTTLENECK else "Use export --merged.",
         )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
@@ -115,6 +116,12 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     Raises:
         VerificationError: the reloaded model differs beyond the bound for its dtype.
     """
+    if config.adapter.method in BOTTLENECK:
+        raise ConfigError(
+            f"adapter.method: a {config.adapter.method} adapter is a network between the layers; it can't be folded "
+            "into the weights.",
+            "Export it without --merged, or train lora.",
+        )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
     model: Any = group.model

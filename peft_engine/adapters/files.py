@@ -53,7 +53,7 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Pe
     if not isinstance(group.model, PeftModel):
         base = group.backbone.model.config._name_or_path
         settings = {"format": TENSORS_FORMAT, "method": group.method, "base_model_name_or_path": base}
-        return dict(member.tensors), settings
+        return dict(member.tensors), settings | group.settings
     name = member.spec.name
     if member.allocation:
         member.allocation.settle()
@@ -106,6 +106,12 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
     spec = MemberSpec("default", config.training.seed, config.training.learning_rate)
     if settings.get("format") == TENSORS_FORMAT:
         group = adapt(backbone, config, [spec])
+        for key, value in {"method": group.method, **group.settings}.items():
+            if settings.get(key) != value:
+                raise ConfigError(
+                    f"{folder} was trained with {key} {settings.get(key)}, the config has {value}.",
+                    "Use the adapter settings that it was trained with.",
+                )
         _copy(group.members[0], tensors, folder)
         return group
     found = settings.get("peft_type")

@@ -7,6 +7,7 @@ tensors (`full`, `head`, `bitfit`) hold one member.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -55,6 +56,7 @@ class Group:
         model: what is called in forward: a PeftModel for lora, else the backbone's model.
         method: of `adapter.method`.
         fused: what `fuse` did to the model; None with `kernels: off`.
+        settings: what, beside shapes, decides what an adapter of our own computes; kept with its file.
         rows: names the samples of a batch to the fused model's dropout.
     """
 
@@ -64,6 +66,7 @@ class Group:
     members: list[Member]
     fused: FuseReport | None = None
     rows: RowSeeds | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     _active: str | None = None
 
     def activate(self, member: Member) -> None:

@@ -11,25 +11,29 @@ from torch import nn
 
 from ..backbone import Backbone
 from ..config import Config
-from ..config_methods import WHOLE_TENSORS
+from ..config_methods import BOTTLENECK, WHOLE_TENSORS
 from ..errors import ConfigError
+from .bottleneck import bottleneck
 from .group import Group, Member, MemberSpec, initialise
 from .lora import lora
 from .peft_methods import peft_method
+from .statistics import keep_statistics
 
 
 def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
-    """Make `specs` into members over `backbone`, in place. All other weights are frozen.
+    """Make `specs` into members over `backbone`, in place. All other weights are frozen, and so are the running
+    statistics of batch norms.
 
     Raises:
         ConfigError: nothing would train, a target matches nothing, or the method can't share its backbone.
     """
-    if len(specs) > 1 and config.adapter.method in WHOLE_TENSORS:
+    if len(specs) > 1 and config.adapter.method in (*WHOLE_TENSORS, *BOTTLENECK):
         raise ConfigError(
-            f"adapter.method: {config.adapter.method} trains the backbone's own tensors, so it holds one member, "
+            f"adapter.method: {config.adapter.method} trains tensors inside the backbone, so it holds one member, "
             f"got {len(specs)}.",
             "Use lora for a group, or run the members one by one.",
         )
+    keep_statistics(backbone.model)
     return METHODS.get(config.adapter.method, peft_method)(backbone, config, specs)
 
 
@@ -65,6 +69,7 @@ METHODS: dict[str, Callable[[Backbone, Config, list[MemberSpec]], Group]] = {
     "full": full,
     "head": head,
     "bitfit": bitfit,
+    **dict.fromkeys(BOTTLENECK, bottleneck),
 }
 
 
