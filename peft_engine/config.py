@@ -123,9 +123,9 @@ class AdapterConfig(Section):
     """Scale by alpha/sqrt(rank) (Kalajdzievski 2023)."""
     dora: bool = False
     """Weight-decomposed update with a trained magnitude (DoRA, Liu et al. 2024)."""
-    init: Annotated[str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|eva|lora-ga)$")] = (
-        "default"
-    )
+    init: Annotated[
+        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|eva|lora-ga)$")
+    ] = "default"
     """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`, or
     from training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
     bias: Literal["none", "all", "lora_only"] = "none"

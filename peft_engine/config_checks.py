@@ -56,6 +56,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
 
+
 @dataclass(frozen=True)
 class Fault:
     """One mistake at one setting; the path leads from the root of the file."""

@@ -114,9 +114,8 @@ SETTINGS: dict[str, dict[str, str]] = {
         name: _PLACES | {"dropout": f"{name}_dropout"}
         for name in ("vera", "pvera", "randlora", "miss", "frod", "psoft", "tinylora", "unilora", "vblora")
     },
-    **{
-        name: _PLACES
-        for name in (
+    **dict.fromkeys(
+        (
             "adamss",
             "beft",
             "boft",
@@ -131,8 +130,9 @@ SETTINGS: dict[str, dict[str, str]] = {
             "road",
             "supertuning",
             "waveft",
-        )
-    },
+        ),
+        _PLACES,
+    ),
     **dict.fromkeys(PROMPTS, _HEAD),
     "shadow": _HEAD,
     "trainable-tokens": {},

@@ -105,7 +105,7 @@ def test_unknown_key(name: str, nearest: str) -> None:
             "pisa",
             "got pisa (text), expected one of default, gaussian, orthogonal, olora, pissa, pissa_niter_N",
         ),
-        ("adapter.layers", "3", "got 3 (a number), expected a list of layer numbers from 0, {first: N}, {last: N}, or null"),
+        ("adapter.layers", "3", "got 3 (a number), expected a list of layer numbers from 0, {first: N}, {last: N}"),
         ("adapter.targets", "{}", "got {} (a mapping), expected text or a list of texts"),
         ("adapter.modules_to_save", "head", "got head (text), expected a list of texts; write it as a list: [head]"),
         ("adapter", "lora", "got lora (text), expected a section: its settings indented below it"),

@@ -87,7 +87,7 @@ class RankAllocation:
                 pattern[name] = tensor.tolist()
             else:
                 getattr(allocator, kind)[name] = tensor.to(self.tuner.model.get_parameter(name).device)
-        self.config.rank_pattern = pattern or None  # type: ignore[assignment]
+        self.config.rank_pattern = pattern or None
 
     def _live(self, name: str) -> str:
         """The parameter of a name of the pattern, from which saving takes the adapter's name."""

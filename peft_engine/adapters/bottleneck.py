@@ -11,6 +11,7 @@ adapter as a submodule, so that hooks, gradient checkpointing and the names of t
 """
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,5 +185,6 @@ def _insert(model: nn.Module, name: str, layer: Layer, settings: dict[str, Any])
 
 
 @functools.cache
-def _subclass(mixin: type, cls: type) -> type:
+def _subclass(mixin: Hashable, cls: Hashable) -> Any:
+    assert isinstance(mixin, type) and isinstance(cls, type)
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
@@ -75,6 +76,17 @@ class Group:
             self.model.set_adapter(member.spec.name)
             self._active = member.spec.name
 
+    def train(self, mode: bool = True) -> None:
+        """Put the model into training mode. Batch norms keep their pretrained statistics, under every method: what they
+        made of a batch would depend on how a step is cut into micro-batches, and they would drift without a gradient.
+        """
+        self.model.train(mode)
+        for module in self.batch_norms():
+            module.eval()
+
+    def batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+
     def begin(self, total_steps: int) -> None:
         """Before the first step of a run: methods with a schedule of their own hear how long it is."""
         for member in self.members:
@@ -100,7 +112,7 @@ class Group:
         try:
             yield self.model
         finally:
-            self.model.train(was_training)
+            self.train(was_training)
 
     def parameter_counts(self, member: Member) -> tuple[int, int]:
         """(trainable, total) parameters; other members' adapters are not counted."""

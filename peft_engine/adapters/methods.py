@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone import Backbone
+from ..backbone import Backbone, embeddings_of
 from ..config import Config
 from ..config_methods import BOTTLENECK, WHOLE_TENSORS
 from ..errors import ConfigError
@@ -17,12 +17,10 @@ from .bottleneck import bottleneck
 from .group import Group, Member, MemberSpec, initialise
 from .lora import lora
 from .peft_methods import peft_method
-from .statistics import keep_statistics
 
 
 def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
-    """Make `specs` into members over `backbone`, in place. All other weights are frozen, and so are the running
-    statistics of batch norms.
+    """Make `specs` into members over `backbone`, in place. All other weights are frozen.
 
     Raises:
         ConfigError: nothing would train, a target matches nothing, or the method can't share its backbone.
@@ -33,7 +31,6 @@ def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
             f"got {len(specs)}.",
             "Use lora for a group, or run the members one by one.",
         )
-    keep_statistics(backbone.model)
     return METHODS.get(config.adapter.method, peft_method)(backbone, config, specs)
 
 
@@ -88,8 +85,8 @@ def _own_tensors(backbone: Backbone, config: Config, spec: MemberSpec, trains: C
 
 def _untie(backbone: Backbone) -> None:
     model = backbone.model
-    output: Any = model.get_output_embeddings()
-    entry: Any = model.get_input_embeddings()
+    ends: Any = embeddings_of(model)
+    entry, output = ends
     if output is not None and entry is not None and output.weight is entry.weight:
         output.weight = nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False

@@ -21,7 +21,16 @@ from .group import Group, Member, MemberSpec, initialise
 from .lora import member_of, refuse_ambiguous_names
 from .targets import find_modules_to_save, find_targets, shorten
 
-REFUSALS = (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, AssertionError, ImportError, IndexError)
+REFUSALS = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+    ImportError,
+    IndexError,
+)
 """What peft's methods raise at settings or models that they can't take."""
 
 
@@ -172,9 +181,7 @@ def _own_copy(module: Any, adapter: str) -> nn.Module:
     """A member's copy of a module of `modules_to_save`."""
     copies = getattr(module, "modules_to_save", None)
     if copies is None or adapter not in copies:
-        raise ConfigError(
-            f"adapter.method: peft does not train {type(module).__name__}, the new head.", "Use lora."
-        )
+        raise ConfigError(f"adapter.method: peft does not train {type(module).__name__}, the new head.", "Use lora.")
     own: nn.Module = copies[adapter]
     return own
 
