@@ -1,10 +1,14 @@
 """What a run trains: its data tokenised, its backbone with members on it, their optimizers."""
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .adapters.fusing import fuse, row_seeds
+from .adapters.data_start import DataStart
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .adapters.peft_methods import refuse_failing, virtual_tokens
@@ -16,6 +20,7 @@ from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
+from .tasks.base import Batch, to_device
 from .training.optim import make_optimizer
 from .training.state import Trainee
 
@@ -38,7 +43,7 @@ def build_group(
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = task.load(runtime.device)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
-    group = adapt(backbone, config, specs)
+    group = adapt(backbone, config, specs, _data_start(task, config, runtime, data["train"]))
     refuse_too_long(group.model, data)
     refuse_failing(group, lambda model: task.forward(model, task.probe(group.backbone.model)))
     refuse_mixed_dtypes(group, runtime)
@@ -54,6 +59,22 @@ def build_group(
         # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     return group
+
+
+def _data_start(task: Task, config: Config, runtime: Runtime, data: EncodedSet) -> DataStart:
+    """The training batches for starts of adapters that are computed from them."""
+    settings = config.training
+
+    def batches(seed: int) -> Iterator[tuple[Batch, int]]:
+        plan = BatchPlan(data.lengths, settings.batch_size, seed, config.data.group_by_length)
+        for rows in map(plan.rows, count(1)):
+            yield to_device(task.collate(data, rows), runtime.device), int(data.units[rows].sum())
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with runtime.accelerator.autocast():
+            return task.loss(task.forward(model, batch), batch)
+
+    return DataStart(batches, task.forward, loss)
 
 
 def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runtime) -> list[Trainee]:

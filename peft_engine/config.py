@@ -100,8 +100,8 @@ class AdapterConfig(Section):
     rank: Count = 16
     """Rank r of each update (LoRA, Hu et al. 2021), of methods that train about r·(in + out) numbers per module: lora,
     loha, lokr, hira, gralora, delora, deft, glora, hra, shira, poly; adalora's average rank at the end (it starts at
-    1.5 times it); the width of bottleneck adapters. Where peft's `r` counts something else (vera, miss, randlora, psoft,
-    ...), peft's default holds and `options: {r: 256}` changes it."""
+    1.5 times it); the width of bottleneck adapters. Where peft's `r` counts something else (vera, miss, randlora,
+    psoft, ...), peft's default holds and `options: {r: 256}` changes it."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """Updates are scaled by alpha/rank, or alpha/sqrt(rank) with `rslora`: lora, adalora, loha, lokr, gralora, and the
     output of `parallel`. Other scales of peft's methods go under `options`."""

@@ -1,8 +1,8 @@
 """Bottleneck adapters: a small network of two layers, down to `rank` numbers and up again, inside every layer of a
 transformer. It starts as nothing: the way up is zero.
 
-`houlsby` (Houlsby et al. 2019) sits after every attention and after the MLP, `pfeiffer` (Pfeiffer et al. 2021) after the
-MLP, each on what the block gives before it is added to the residual: y + up(act(down(y))). `parallel` (He et al. 2022)
+`houlsby` (Houlsby et al. 2019) sits after every attention and after the MLP, `pfeiffer` (Pfeiffer et al. 2021) after
+the MLP, each on what the block gives before it is added to the residual: y + up(act(down(y))). `parallel` (He et al. 2022)
 runs beside the MLP on its input: MLP(x) + alpha/rank · up(act(down(x))).
 
 Places are found by structure. A layer is an element of an outermost ModuleList with linears in it; its last linear ends
@@ -186,5 +186,6 @@ def _insert(model: nn.Module, name: str, layer: Layer, settings: dict[str, Any])
 
 @functools.cache
 def _subclass(mixin: Hashable, cls: Hashable) -> Any:
-    assert isinstance(mixin, type) and isinstance(cls, type)
+    assert isinstance(mixin, type)
+    assert isinstance(cls, type)
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})

@@ -14,13 +14,17 @@ from ..config import Config
 from ..config_methods import BOTTLENECK, WHOLE_TENSORS
 from ..errors import ConfigError
 from .bottleneck import bottleneck
+from .data_start import DataStart
 from .group import Group, Member, MemberSpec, initialise
 from .lora import lora
 from .peft_methods import peft_method
 
 
-def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
+def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec], start: DataStart | None = None) -> Group:
     """Make `specs` into members over `backbone`, in place. All other weights are frozen.
+
+    Args:
+        start: the training batches, which some values of `adapter.init` read.
 
     Raises:
         ConfigError: nothing would train, a target matches nothing, or the method can't share its backbone.
@@ -31,6 +35,8 @@ def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
             f"got {len(specs)}.",
             "Use lora for a group, or run the members one by one.",
         )
+    if config.adapter.method == "lora":
+        return lora(backbone, config, specs, start)
     return METHODS.get(config.adapter.method, peft_method)(backbone, config, specs)
 
 
@@ -62,7 +68,6 @@ def bitfit(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group
 
 
 METHODS: dict[str, Callable[[Backbone, Config, list[MemberSpec]], Group]] = {
-    "lora": lora,
     "full": full,
     "head": head,
     "bitfit": bitfit,

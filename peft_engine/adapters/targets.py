@@ -114,8 +114,8 @@ def in_layers(found: list[str], asked: list[int] | LayersConfig) -> list[str]:
         count = asked.first or asked.last or 0
         if count > len(there):
             raise ConfigError(
-                f"adapter.layers: {'first' if asked.first else 'last'}: {count}, but targets are in {len(there)} layers "
-                "only.",
+                f"adapter.layers: {'first' if asked.first else 'last'}: {count}, but targets are in {len(there)} "
+                "layers only.",
                 "Correct adapter.layers.",
             )
         layers = there[:count] if asked.first else there[-count:]
