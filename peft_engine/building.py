@@ -1,14 +1,19 @@
 """What a run trains: its data tokenised, its backbone with members on it, their optimizers."""
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import processes
+from .adapters.data_start import DataStart
 from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .adapters.neftune import Neftune
+from .adapters.peft_methods import refuse_failing, virtual_tokens
 from .adapters.selecting import select_trainable
 from .adapters.sharding import shard
 from .adapters.warm_start import start_from
@@ -21,6 +26,7 @@ from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
+from .tasks.base import Batch, to_device
 from .tasks.preparing import for_training
 from .training.ema import Average
 from .training.isolation import batches_packs, prove_isolation, refuse_leaky
@@ -50,11 +56,12 @@ def build_group(
 ) -> Group:
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = task.load(runtime.device)
-    refuse_too_long(backbone.model, data)
     if config.data.packing:
         refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
-    group = adapt(backbone, config, specs)
+    group = adapt(backbone, config, specs, _data_start(task, config, runtime, data["train"]))
+    refuse_too_long(group.model, data)
+    refuse_failing(group, lambda model: task.forward(model, task.probe(group.backbone.model)))
     group.started_from = start_from(group, config, getattr(task, "labels", None))
     select_trainable(group, config.training)
     if config.training.neftune_alpha is not None:
@@ -78,6 +85,22 @@ def build_group(
         for member in group.members:
             prove_isolation(group, member, task, runtime)
     return group
+
+
+def _data_start(task: Task, config: Config, runtime: Runtime, data: EncodedSet) -> DataStart:
+    """The training batches for starts of adapters that are computed from them."""
+    settings = config.training
+
+    def batches(seed: int) -> Iterator[tuple[Batch, int]]:
+        plan = BatchPlan(data.lengths, settings.batch_size, seed, config.data.group_by_length)
+        for rows in map(plan.rows, count(1)):
+            yield to_device(task.collate(data, rows), runtime.device), int(data.units[rows].sum())
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with runtime.accelerator.autocast():
+            return task.loss(task.forward(model, batch), batch)
+
+    return DataStart(batches, task.forward, loss)
 
 
 def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runtime) -> list[Trainee]:
@@ -136,10 +159,13 @@ def _own_dtypes(module: Any) -> set[torch.dtype]:
 
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
     """Sequences must fit the model's positions."""
-    positions = positions_of(model)
+    positions, taken = positions_of(model), virtual_tokens(model)
+    if positions is not None:
+        positions -= taken
     longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.",
+            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions"
+            + (f" beside the adapter's {taken}." if taken else "."),
             f"Set data.max_length: {positions}.",
         )

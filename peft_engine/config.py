@@ -99,14 +99,19 @@ class AdapterConfig(Section):
     causal LM), `bitfit` bias terms (and the task's new head). `houlsby`, `pfeiffer` and `parallel` are bottleneck
     adapters. All other names are methods of the peft library."""
     rank: Count = 16
-    """Rank r of each update (LoRA, Hu et al. 2021)."""
+    """Rank r of each update (LoRA, Hu et al. 2021), of methods that train about r·(in + out) numbers per module: lora,
+    loha, lokr, hira, gralora, delora, deft, glora, hra, shira, poly; adalora's average rank at the end (it starts at
+    1.5 times it); the width of bottleneck adapters. Where peft's `r` counts something else (vera, miss, randlora,
+    psoft, ...), peft's default holds and `options: {r: 256}` changes it."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """Updates are scaled by alpha/rank, or alpha/sqrt(rank) with `rslora`."""
+    """Updates are scaled by alpha/rank, or alpha/sqrt(rank) with `rslora`: lora, adalora, loha, lokr, gralora, and the
+    output of `parallel`. Other scales of peft's methods go under `options`."""
     dropout: Share = 0.05
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input, where the method has it (lora, adalora, hira, vera, randlora, miss, ...)."""
     targets: str | list[str] = "all-linear"
-    """`all-linear` (every Linear and Conv1D but the output head), one regular expression for full module names, or a
-    list of module-name endings. Each must match something."""
+    """`all-linear` (every Linear and Conv1D but the output head; where a model has none, as convolutional ones, every
+    convolution; the norms for `layernorm`), one regular expression for full module names, or a list of module-name
+    endings. Each must match something."""
     layers: list[Annotated[int, Field(ge=0)]] | LayersConfig | None = None
     """Adapt only these layers: indices from 0, or `{last: 6}`, or `{first: 6}`; null is all."""
     rank_pattern: dict[str, Count] = {}
@@ -119,15 +124,18 @@ class AdapterConfig(Section):
     """Scale by alpha/sqrt(rank) (Kalajdzievski 2023)."""
     dora: bool = False
     """Weight-decomposed update with a trained magnitude (DoRA, Liu et al. 2024)."""
-    init: Annotated[str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*)$")] = "default"
-    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa` or
-    `pissa_niter_N`."""
+    init: Annotated[
+        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|eva|lora-ga)$")
+    ] = "default"
+    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`, or
+    from training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained beside the adapter."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+ (Hayou et al. 2024): learning rate of B as a multiple of A's."""
     options: dict[str, Any] = {}
-    """Further fields of the peft config of this method, by peft's own names."""
+    """Further fields of the peft config of this method, by peft's own names (`num_virtual_tokens` of the prompt methods
+    is 20 by default). Bottleneck adapters have `activation`."""
     start_from: str | None = None
     """Warm start: a run directory or an adapter folder with the same method and shapes, whose weights this run starts
     from (its optimizer and schedule start anew)."""

@@ -6,30 +6,16 @@ reported together.
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
+from peft_engine.config_options import option_faults
+
 KeyPath = tuple[str | int, ...]
 Tree = Mapping[str, Any]
 
-LORA_ONLY = (
-    "adapter.rank",
-    "adapter.alpha",
-    "adapter.dropout",
-    "adapter.targets",
-    "adapter.layers",
-    "adapter.rank_pattern",
-    "adapter.alpha_pattern",
-    "adapter.modules_to_save",
-    "adapter.rslora",
-    "adapter.dora",
-    "adapter.init",
-    "adapter.bias",
-    "adapter.lora_plus_ratio",
-    "adapter.options",
-)
 CLASSES = ("text-classification", "image-classification")
 LABELLED = (*CLASSES, "token-classification")
 """Tasks with class names."""
@@ -75,27 +61,6 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
 
-OUR_NAMES = {
-    "r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "target_modules": "adapter.targets",
-    "layers_to_transform": "adapter.layers",
-    "rank_pattern": "adapter.rank_pattern",
-    "alpha_pattern": "adapter.alpha_pattern",
-    "modules_to_save": "adapter.modules_to_save",
-    "use_rslora": "adapter.rslora",
-    "use_dora": "adapter.dora",
-    "init_lora_weights": "adapter.init",
-    "bias": "adapter.bias",
-    "peft_type": "adapter.method",
-    "task_type": "task",
-    "base_model_name_or_path": "model.path",
-    "revision": "model.revision",
-}
-"""peft's fields that are settings of ours."""
-ENGINE_SETS = ("inference_mode", "peft_version", "auto_mapping")
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -124,12 +89,11 @@ def inapplicable(values: Tree) -> dict[str, str]:
     """Settings without effect under this method, task and optimizer: dotted name → why, and what to do."""
     found = {}
     method, task = lookup(values, "adapter.method"), lookup(values, "task")
-    if method is not None and method != "lora":
-        for name in LORA_ONLY:
-            found[name] = (
-                f"applies to adapter.method lora only, and the method is {method}; remove it "
-                f"(on the command line: --set 'adapter={{method: {method}}}')"
-            )
+    if method in SETTINGS:
+        own = {*SETTINGS[method], *(() if method in WHOLE_TENSORS else ("options",))}
+        for name in (*ADAPTER_SETTINGS, "options"):
+            if name not in own:
+                found[f"adapter.{name}"] = _not_of_method(method, name)
     if task is not None:
         for name, owners in TASK_ONLY.items():
             if task not in owners:
@@ -138,6 +102,21 @@ def inapplicable(values: Tree) -> dict[str, str]:
     if lookup(values, "training.optimizer") == "adafactor":
         found["training.betas"] = "has no effect with optimizer adafactor; remove it"
     return found
+
+
+def _not_of_method(method: str, name: str) -> str:
+    """Why a setting of `adapter` has no effect with a method."""
+    others = owners(name)
+    if name in ("rank", "alpha", "dropout") and method not in (*WHOLE_TENSORS, *BOTTLENECK, *PROMPTS):
+        return (
+            f"means something else, or nothing, for adapter.method {method}; remove it "
+            f"(what peft has for {method} goes under adapter.options, by peft's own names)"
+        )
+    which = f"adapter.method {others[0]}" if len(others) == 1 else "other methods"
+    return (
+        f"applies to {which} only, and the method is {method}; remove it "
+        f"(on the command line: --set 'adapter={{method: {method}}}')"
+    )
 
 
 def cross_faults(given: Tree, values: Tree) -> list[Fault]:
@@ -159,6 +138,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _class_weights,
         _augment,
         _targets,
+        _layers,
         _patterns,
         _selection,
         _start_from,
@@ -168,8 +148,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _attention,
     ):
         faults.extend(check(values))
-    if lookup(values, "adapter.method") == "lora":
-        faults.extend(_options(values))
+    faults.extend(_options(values))
     return faults
 
 
@@ -280,6 +259,14 @@ def _targets(values: Tree) -> Iterator[Fault]:
             yield Fault(("adapter", "layers"), text)
 
 
+def _layers(values: Tree) -> Iterator[Fault]:
+    layers = lookup(values, "adapter.layers")
+    if layers == []:
+        yield Fault(("adapter", "layers"), "names no layer; null adapts all")
+    if isinstance(layers, Mapping) and (layers.get("first") is None) == (layers.get("last") is None):
+        yield Fault(("adapter", "layers"), "expected either first or last, such as {last: 6}")
+
+
 def _patterns(values: Tree) -> Iterator[Fault]:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in lookup(values, f"adapter.{name}"):
@@ -347,38 +334,7 @@ def _attention(values: Tree) -> Iterator[Fault]:
 
 
 def _options(values: Tree) -> Iterator[Fault]:
-    """Further peft fields: they must exist, must not repeat settings of ours, and peft must take them together."""
-    options = lookup(values, "adapter.options")
-    if not options:
-        return
-    from peft import LoraConfig  # slow: only where it is needed
-
-    free = sorted(set(LoraConfig.__dataclass_fields__) - set(OUR_NAMES) - set(ENGINE_SETS))
-    refused = False
-    for key in options:
-        path, text = ("adapter", "options", key), None
-        if key in OUR_NAMES:
-            text = f"is a setting of its own here; write {OUR_NAMES[key]}"
-        elif key in ENGINE_SETS:
-            text = "is set by the engine; remove it"
-        elif key not in free:
-            near = difflib.get_close_matches(key, [*free, *OUR_NAMES], n=1)
-            hint = f"nearest: {OUR_NAMES.get(near[0], near[0])}" if near else f"it has {', '.join(free)}"
-            text = f"peft's LoraConfig has no such field; {hint}"
-        if text:
-            refused = True
-            yield Fault(path, text)
-    if refused:
-        return
-    init, targets = lookup(values, "adapter.init"), lookup(values, "adapter.targets")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            LoraConfig(
-                **options,
-                use_dora=lookup(values, "adapter.dora"),
-                init_lora_weights=True if init == "default" else init,
-                target_modules=targets if isinstance(targets, list) else None,
-                layers_to_transform=lookup(values, "adapter.layers"),
-            )
-    except (TypeError, ValueError) as error:
-        yield Fault(("adapter", "options"), f"peft refuses these settings: {' '.join(str(error).split())}")
+    method, adapter = lookup(values, "adapter.method"), lookup(values, "adapter")
+    if adapter["options"] and method in SETTINGS and method not in WHOLE_TENSORS:
+        for key, text in option_faults(method, adapter, lookup(values, "training.steps")):
+            yield Fault(("adapter", "options", *([key] if key else [])), text)

@@ -15,7 +15,8 @@ from peft_engine.config_names import ADVICE, EXPECTED, KEYS, NOT_YET, VALUES
 from peft_engine.config_yaml import Origin, show
 
 Schema = dict[str, Any]
-MEMBER = re.compile(r"(literal|dict|list)\[|(constrained-)?(str|int|float)$")  # pydantic's names of union members
+MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float)|[A-Z]\w*Config)$")
+"""pydantic's names of union members."""
 
 
 @functools.cache
@@ -43,8 +44,8 @@ def nests(schema: Schema) -> bool:
 
 def child(schema: Schema, part: str | int) -> Any:
     """The schema one step down; None where there is no such place."""
-    schema = resolve(schema)
-    for option in schema.get("anyOf", [schema]):
+    for choice in schema.get("anyOf", [schema]):
+        option = resolve(choice)
         if isinstance(part, int):
             if "prefixItems" in option or "items" in option:
                 items = option.get("prefixItems", [])

@@ -201,16 +201,10 @@ ADVICE = {
 }
 """Unknown keys with an answer of their own."""
 
-_PEFT_METHODS = (
-    "ia3 adalora vera vblora loha lokr oft boft hra fourierft randlora shira miss bone c3a road delora gralora waveft "
-    "psoft xlora cpt ln_tuning ln-tuning layernorm prompt-tuning prompt_tuning prefix-tuning prefix_tuning p-tuning "
-    "p_tuning trainable_tokens adapters adapter houlsby reft galore lisa qlora"
-)
-
 NOT_YET = {
     "model.quantization": "nf4 fp4 int8 4bit 8bit int4 gptq awq gguf fp8",
     "model.frozen_compute": "int8 fp8",
-    "adapter.method": _PEFT_METHODS,
+    "adapter.method": "reft galore lisa qlora qalora",
 }
 """Values of the design, or of peft, that this version does not have."""
 
@@ -238,10 +232,30 @@ VALUES = {
         "freeze": "head",
         "full-finetuning": "full",
         "fft": "full",
+        "ln_tuning": "layernorm",
+        "ln-tuning": "layernorm",
+        "layer-norm": "layernorm",
+        "prompt_tuning": "prompt",
+        "prompt-tuning": "prompt",
+        "prefix_tuning": "prefix",
+        "prefix-tuning": "prefix",
+        "p_tuning": "p-tuning",
+        "ptuning": "p-tuning",
+        "multitask_prompt_tuning": "multitask-prompt",
+        "trainable_tokens": "trainable-tokens",
+        "adaption_prompt": "adaption-prompt",
+        "llama-adapter": "adaption-prompt",
+        "bone": "miss",
+        "adapter": "pfeiffer",
+        "adapters": "pfeiffer",
+        "bottleneck": "pfeiffer",
+        "lora-ga": "lora, with adapter.init: lora-ga",
+        "eva": "lora, with adapter.init: eva",
     },
     "model.attention": {"fa2": "flash_attention_2", "flash": "flash_attention_2", "math": "eager"},
     "data.packing": {"bfd": "true", "ffd": "true"},
     "adapter.targets": {"all": "all-linear"},
+    "adapter.init": {"lora_ga": "lora-ga", "loraga": "lora-ga"},
     "training.schedule": {
         "constant_with_warmup": "constant, with training.warmup",
         "warmup_stable_decay": "wsd",
@@ -271,6 +285,8 @@ VALUES = {
 EXPECTED = {
     "data.train": "a file or hub data set, or a list of {path: FILE, weight: NUMBER}",
     "data.train[]": "{path: FILE, weight: NUMBER}",
-    "adapter.init": "one of default, gaussian, orthogonal, olora, pissa, or pissa_niter_N such as pissa_niter_16",
+    "adapter.layers": "a list of layer numbers from 0, {first: N}, {last: N}, or null",
+    "adapter.init": "one of default, gaussian, orthogonal, olora, pissa, pissa_niter_N such as pissa_niter_16, eva, "
+    "or lora-ga",
 }
 """What a setting takes, where its type alone can't say it well."""

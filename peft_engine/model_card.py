@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from .adapters.group import Group
 from .config import Config
 from .data.labels import Labels
@@ -162,7 +164,7 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
 
 def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
     outputs = max(1, len(labels.names)) if labels else 0
-    if group.method != "lora":
+    if not isinstance(group.model, PeftModel):
         return TENSORS
     if config.task == "causal-lm":
         return PEFT_CAUSAL.format(path=config.model.path)

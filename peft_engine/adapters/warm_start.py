@@ -14,8 +14,8 @@ from peft import PeftConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 
 from ..config import Config
-from ..config_checks import OUR_NAMES
 from ..config_methods import peft_type
+from ..config_options import OUR_NAMES
 from ..data.labels import Labels
 from ..errors import ConfigError, StorageError
 from .files import SETTINGS, TENSORS_FORMAT, WEIGHTS, adapter_content, read_adapter, refuse_difference

@@ -48,6 +48,8 @@ def save_checkpoint(folder: Path, step: int, trainees: list[Trainee], run_state:
             averages[name] = _save_average(trainee.average, part / f"{name}.average.safetensors")
         if trainee.best_tensors:
             save_file(trainee.best_tensors, part / f"{name}.best.safetensors")
+        if trainee.member.allocation:
+            save_file(trainee.member.allocation.to_tensors(), part / f"{name}.allocation.safetensors")
         flat, scalars = _flatten_optimizer(trainee.optimizer)
         save_file(flat, part / f"{name}.optimizer.safetensors")
         state["members"][name] = {
@@ -120,6 +122,8 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
                 f"{checkpoint}: this machine starts adapter.init from other values than the run did.",
                 "Resume on the same machine and versions.",
             )
+        if trainee.member.allocation:
+            trainee.member.allocation.restore(load_file(checkpoint / f"{name}.allocation.safetensors"))
         optimizer = _read_optimizer(checkpoint / f"{name}.optimizer.safetensors", saved["optimizer"])
         trainee.optimizer.load_state_dict(optimizer)
         trainee.restore(saved["trainee"])

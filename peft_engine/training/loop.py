@@ -71,10 +71,11 @@ class Loop:
             Diverged, OutOfMemory, BudgetReached, Interrupted: each after a complete checkpoint, where a step was done.
         """
         settings = self.config.training
+        self.group.begin(self.total_steps)
         per_epoch = self.trainees[0].plan.steps_per_epoch
         evaluate_every, save_every = settings.eval_every or per_epoch, settings.save_every or per_epoch
         schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
-        self.group.model.train()
+        self.group.train()
         for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
             if all(t.stopped for t in self.trainees):  # resumed after early stopping had ended it
                 break
@@ -111,6 +112,7 @@ class Loop:
             clip(tensors, found.norm, settings.max_grad_norm)
             set_learning_rate(trainee.optimizer, factor)
             self._update(trainee)
+            self.group.after_step(trainee.member, step)
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.step = step
         updated = factor > 0 and math.isfinite(norm)  # the fp16 scaler skips a step whose gradient overflowed

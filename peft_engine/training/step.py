@@ -77,6 +77,10 @@ def gradients(
                     loss = loss * 0
             accelerator.backward(loss)
         total += loss.detach()
+    penalty = group.penalty()  # of the step, not of its rows: once, whatever the cut
+    if penalty is not None:
+        accelerator.backward(penalty / runtime.world)
+        total += penalty.detach() / runtime.world
     if runtime.world > 1:
         total, reached = _sum_over_processes(tensors, total)
     norm = torch.nn.utils.get_total_norm([t.grad for t in tensors if t.grad is not None])
