@@ -1,5 +1,6 @@
 """What a run trains: its data tokenised, its backbone with members on it, their optimizers."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
+from .data.augmenting_images import image_change
 from .data.batching import BatchPlan
 from .data.encoding import EncodedSet, cache_folder, encode_split
 from .data.splitting import Splits
@@ -28,6 +30,7 @@ def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, Encod
             found[name] = encode_split(
                 split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
             )
+    found["train"] = replace(found["train"], change=image_change(config.data.augment.image))
     return found
 
 

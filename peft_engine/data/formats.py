@@ -4,22 +4,25 @@
                          {"prompt": …, "completion": …}      both strings, or both lists of messages (then also "tools")
                          {"text": str}
     text-classification  {"text": str, "label": Any}                                    no label when predicting
+    image-classification {"image": Picture, "label": Any}                               no label when predicting
 
 Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or named in `data.columns`.
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
+from .images import picture
 from .messages import Malformed, as_conversation, as_tools
 from .parsing import Row, shown
 from .reading import Rows
 
 Example = dict[str, Any]
-Kind = Literal["messages", "prompt-completion", "text", "text-label"]
+Kind = Literal["messages", "prompt-completion", "text", "text-label", "image-label"]
 
 CONVENTIONS = {
     "messages": ("messages", "conversations"),
@@ -27,6 +30,10 @@ CONVENTIONS = {
     "prompt": ("prompt", "instruction"),
     "completion": ("completion", "output"),
     "text": ("text", "sentence", "content", "document"),
+    "image": (
+        *("image", "images", "img", "pixels", "image_path", "file_name", "filename", "file", "path"),
+        *("filepath", "image_bytes", "image_base64", "x"),
+    ),
     "label": ("label", "labels", "class", "target", "category", "score", "sentiment"),
 }
 KINDS: dict[Kind, tuple[str, ...]] = {
@@ -34,13 +41,16 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
     "text-label": ("text", "label"),
+    "image-label": ("image", "label"),
 }
 CAUSAL_KINDS: tuple[Kind, ...] = ("messages", "prompt-completion", "text")
 ANSWERS = ("label", "completion")
 PARTS = {
     "causal-lm": ("messages", "tools", "prompt", "completion", "text"),
     "text-classification": ("text", "label"),
+    "image-classification": ("image", "label"),
 }
+LABELLED_KINDS: dict[str, Kind] = {"text-classification": "text-label", "image-classification": "image-label"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Layout:
     """Part to column. Alpaca's optional `input` column is the part "input"."""
     answered: bool = True
     """Rows must hold what is to be learned: a label, a completion, an assistant turn."""
+    folder: str = ""
+    """Paths of images are relative to it."""
 
 
 def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: bool = True) -> Layout:
@@ -70,7 +82,7 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
             f"data.columns.{unused[0]} = {columns[unused[0]]!r} has no use in task {task}.",
             f"Its parts are {', '.join(PARTS[task])}.",
         )
-    kind = "text-label" if task == "text-classification" else _causal_kind(rows, columns, need_label)
+    kind = LABELLED_KINDS.get(task) or _causal_kind(rows, columns, need_label)
     found = {part: _find(rows, part, columns) for part in KINDS[kind] if need_label or part not in ANSWERS}
     if len(set(found.values())) < len(found):
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
@@ -80,7 +92,8 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
         found["tools"] = _find(rows, "tools", columns)
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
-    return Layout(kind, found, answered=need_label)
+    folder = "" if rows.places else os.path.dirname(os.path.expanduser(rows.source))
+    return Layout(kind, found, need_label, folder)
 
 
 def _alpaca_input(rows: Rows, found: dict[str, str], columns: dict[str, str]) -> dict[str, str]:
@@ -188,7 +201,17 @@ def _text_example(row: Row, layout: Layout) -> Example:
 
 
 def _labelled_example(row: Row, layout: Layout) -> Example:
-    example = _text_example(row, layout)
+    return _text_example(row, layout) | _label(row, layout)
+
+
+def _image_example(row: Row, layout: Layout) -> Example:
+    column = layout.columns["image"]
+    if row.get(column) is None:
+        raise Malformed(f"column {column!r} " + ("is empty" if column in row else "is not in this row"))
+    return {"image": picture(row[column], layout.folder)} | _label(row, layout)
+
+
+def _label(row: Row, layout: Layout) -> Example:
     if "label" in layout.columns:
         column = layout.columns["label"]
         label = row.get(column)
@@ -196,8 +219,8 @@ def _labelled_example(row: Row, layout: Layout) -> Example:
             raise Malformed(f"column {column!r} is not in this row")
         if label is None or label != label or (isinstance(label, str) and label.strip().lower() in ("", "nan")):
             raise Malformed(f"the label in column {column!r} is {label!r}, that is missing")
-        example["label"] = label
-    return example
+        return {"label": label}
+    return {}
 
 
 def _messages_example(row: Row, layout: Layout) -> Example:
@@ -248,4 +271,5 @@ _CONVERTERS: dict[Kind, Callable[[Row, Layout], Example]] = {
     "prompt-completion": _completion_example,
     "text": _text_example,
     "text-label": _labelled_example,
+    "image-label": _image_example,
 }

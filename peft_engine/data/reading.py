@@ -26,9 +26,13 @@ class Rows:
     rows: list[Row]
     lines: list[int] | None = None
     """1-based line on which each row begins, for files that have lines."""
+    places: list[str] | None = None
+    """Where each row stands in full, for sources whose rows are files."""
 
     def where(self, i: int) -> str:
         """Where row `i` (from 0) stands, in words: "train.jsonl, line 7" or "train.parquet, row 8"."""
+        if self.places is not None:
+            return self.places[i]
         return f"{self.source}, row {i + 1}" if self.lines is None else f"{self.source}, line {self.lines[i]}"
 
     @property

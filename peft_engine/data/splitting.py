@@ -17,6 +17,8 @@ from ..errors import DataError
 from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, near_key, repeated
 from .formats import Example, Layout, find_layout, to_examples
+from .image_sources import read_images
+from .images import require_pillow
 from .labels import Labels, find_labels
 from .reading import Rows, read_rows
 
@@ -76,7 +78,7 @@ class Splits:
     layout: Layout
     """Of the training data."""
     labels: Labels | None
-    """Text classification only."""
+    """Of tasks that have classes."""
     report: SplitReport
     digest: str
     """sha256 of all splits' examples in their order; file names don't enter."""
@@ -89,7 +91,11 @@ def load_one(source: str, config: Config, *, need_label: bool, default_split: st
 
 
 def _load(source: str, config: Config, need_label: bool, default_split: str) -> tuple[Split, Rows, Layout]:
-    rows = read_rows(source, subset=config.data.subset, default_split=default_split)
+    rows = None
+    if config.task == "image-classification":
+        require_pillow()
+        rows = read_images(source, need_label)
+    rows = rows or read_rows(source, subset=config.data.subset, default_split=default_split)
     columns: dict[str, str] = dict(config.data.columns.items())
     layout = find_layout(rows, config.task, columns, need_label=need_label)
     return Split(to_examples(rows, layout), [rows.where(i) for i in range(len(rows.rows))]), rows, layout

@@ -4,9 +4,14 @@ from ..config import Config
 from ..data.labels import Labels
 from .base import Task
 from .causal_lm import CausalLM
+from .image_classification import ImageClassification
 from .text_classification import TextClassification
 
-TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "text-classification": TextClassification}
+TASKS: dict[str, type[Task]] = {
+    "causal-lm": CausalLM,
+    "text-classification": TextClassification,
+    "image-classification": ImageClassification,
+}
 
 
 def make_task(config: Config, labels: Labels | None = None) -> Task:

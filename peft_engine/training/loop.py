@@ -72,7 +72,7 @@ class Loop:
         per_epoch = self.trainees[0].plan.steps_per_epoch
         evaluate_every, save_every = settings.eval_every or per_epoch, settings.save_every or per_epoch
         schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
-        self.group.model.train()
+        self.group.train()
         for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
             if all(t.stopped for t in self.trainees):  # resumed after early stopping had ended it
                 break

@@ -50,12 +50,12 @@ def gradients(
         micro_batches: this process's rows of the step, in pieces.
         units: supervised units of the global batch over all processes, known from the data.
         seed: of this member and step; with a row's number it names the row's dropout masks in a fused model, which
-            therefore depend neither on the cut into micro-batches nor on the number of processes.
+            therefore depend neither on the cut into micro-batches nor on the number of processes. So do augmentations.
     """
     accelerator = runtime.accelerator
     total = torch.zeros((), device=runtime.device)
     for rows in micro_batches:
-        batch = to_device(task.collate(data, rows), runtime.device)
+        batch = to_device(task.collate(*data.drawn(rows, seed)), runtime.device)
         if group.rows is not None:
             group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
         with accelerator.autocast():
