@@ -198,10 +198,20 @@ def positions_of(model: nn.Module) -> int | None:
     return positions
 
 
+def embeddings_of(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embeddings and the output embeddings; None for what a model has not (one for images has no tokens)."""
+    found: list[nn.Module | None] = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(get())
+        except (NotImplementedError, AttributeError):
+            found.append(None)
+    return found[0], found[1]
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of all matrix products that can take an adapter, output embeddings left out."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if get_output else None
+    output = embeddings_of(model)[1]
     return [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES) and module is not output]
 
 

@@ -68,8 +68,8 @@ def _visit(
                 raise
             if size == 1:
                 raise OutOfMemory(
-                    f"Memory ran out evaluating one sequence of {int(data.lengths[rows].max())} tokens.",
-                    "Lower data.max_length.",
+                    f"Memory ran out evaluating 1 of the {data.longest}.",
+                    f"Lower {'data.image_size' if 'pixels' in data.columns else 'data.max_length'}.",
                 ) from error
             size = max(1, size // 2)
             continue

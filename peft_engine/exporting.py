@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters.files import save_adapter
 from .adapters.group import Group, Member
+from .backbone import embeddings_of
 from .config import Config
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
@@ -135,7 +136,7 @@ def _merge(model: PeftModel) -> Any:
     of the two was trained: else its update would enter both (trap 13).
     """
     base: Any = model.get_base_model()
-    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    ends: list[Any] = list(embeddings_of(base))
     for end in ends:
         layer: Any = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
         if layer is not None and all(e is not None for e in ends) and ends[0].weight is ends[1].weight:

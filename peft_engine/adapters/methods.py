@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone import Backbone
+from ..backbone import Backbone, embeddings_of
 from ..config import Config
 from ..errors import ConfigError
 from .group import Group, Member, MemberSpec, initialise
@@ -80,8 +80,8 @@ def _own_tensors(backbone: Backbone, config: Config, spec: MemberSpec, trains: C
 
 def _untie(backbone: Backbone) -> None:
     model = backbone.model
-    output: Any = model.get_output_embeddings()
-    entry: Any = model.get_input_embeddings()
+    ends: Any = embeddings_of(model)
+    entry, output = ends
     if output is not None and entry is not None and output.weight is entry.weight:
         output.weight = nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False

@@ -74,6 +74,14 @@ class EncodedSet:
         return len(self.rows)
 
     @property
+    def longest(self) -> str:
+        """What the largest row is, for a message about memory."""
+        if "pixels" in self.columns:
+            height, width = self.columns["pixels"].shape[1:3]
+            return f"image(s) of {width} x {height} pixels"
+        return f"sequence(s) of up to {int(self.lengths.max())} tokens"
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)

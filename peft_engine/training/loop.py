@@ -167,11 +167,10 @@ class Loop:
             raise
 
     def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
-        longest = int(self.data.lengths.max())
+        lower = "data.image_size" if "pixels" in self.data.columns else "data.max_length"
         return OutOfMemory(
-            f"Memory ran out with {size} sequence(s) of up to {longest} tokens at once: {str(error).splitlines()[0]}",
-            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, "
-            "or adapt less.",
+            f"Memory ran out with {size} {self.data.longest} at once: {str(error).splitlines()[0]}",
+            f"Lower training.micro_batch_size or {lower}, set training.gradient_checkpointing: true, or adapt less.",
         )
 
     def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
