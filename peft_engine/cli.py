@@ -98,9 +98,7 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--rows", type=click.IntRange(0), default=3, show_default=True, metavar="N", help="Rows of the mask preview."
 )
-@click.option(
-    "--images", metavar="FILE", help="Images: write some as a PNG, as they are and as augmentation changes them."
-)
+@click.option("--images", metavar="FILE", help="PNG to write of some images, with augmentations.")
 def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int, images: str | None) -> None:
     """Look at the data before training.
 
