@@ -1,8 +1,8 @@
 """Tiny random image models saved as ordinary folders (the base alone: the head is new), and images to train them on.
 
-    resnet      batch norm, ConvNext's processor (keeps proportions, cuts the edges away)
-    mobilenet   batch norm, depthwise convolutions, dropout 0.8 before the head
-    vit         layer norm, learned positions for 32 x 32 pixels
+resnet      batch norm, ConvNext's processor (keeps proportions, cuts the edges away)
+mobilenet   batch norm, depthwise convolutions, dropout 0.8 before the head
+vit         layer norm, learned positions for 32 x 32 pixels
 """
 
 import json
@@ -68,7 +68,9 @@ def _model(family: str) -> PreTrainedModel:
         shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
         return ResNetModel(ResNetConfig(**shape, layer_type="basic"))
     if family == "mobilenet":
-        return MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.25, min_depth=8, image_size=SIDE, tf_padding=False))
+        return MobileNetV2Model(
+            MobileNetV2Config(depth_multiplier=0.25, min_depth=8, image_size=SIDE, tf_padding=False)
+        )
     assert family == "vit", family
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     return ViTModel(ViTConfig(**shape, image_size=SIDE, patch_size=8, initializer_range=0.1))

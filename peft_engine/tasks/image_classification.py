@@ -86,6 +86,14 @@ class ImageClassification:
         size = [self.pixels.height, self.pixels.width]
         stated = getattr(settings, "image_size", None)
         made_for = list(stated) if isinstance(stated, list | tuple) else [stated, stated]
+        patch = getattr(settings, "patch_size", None)
+        if isinstance(patch, int) and any(side % patch for side in size):
+            low = size[0] // patch * patch
+            raise ConfigError(
+                f"data.image_size: {size[0]} x {size[1]} pixels are no whole number of patches of {patch}, so that the "
+                "model would not see the edges.",
+                f"Set {low or patch} or {low + patch}.",
+            )
         takes = inspect.signature(model.forward).parameters
         if stated is not None and made_for != size and "interpolate_pos_encoding" in takes:
             self.arguments = {"interpolate_pos_encoding": True}

@@ -92,7 +92,7 @@ def _of_architecture(settings: ModelConfig) -> tuple[Callable[..., Any], str]:
             "processor of its own that runs on PIL.",
             "Put the model's preprocessor_config.json beside its weights.",
         )
-    return made, f"no preprocessor_config.json in model.path: defaults of {made.__name__}"
+    return made, "no preprocessor_config.json in model.path, defaults of its kind"
 
 
 def _square(size: Any) -> int | None:

@@ -221,7 +221,7 @@ def test_idx(tmp_path):
     assert [row["label"] for row in split.examples] == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(split.examples[3]["image"].pixels()[:, :, 1], images[3])
     write_idx(labels, np.arange(4, dtype=np.uint8), False)
-    with pytest.raises(DataError, match="5 images, .* 4 labels"):
+    with pytest.raises(DataError, match=r"5 images, .* 4 labels"):
         load_one(str(source), config(source), need_label=True, default_split="train")
     source.write_bytes(gzip.compress(gzip.decompress(source.read_bytes())[:-3]))
     with pytest.raises(DataError, match="bytes for the shape"):
@@ -259,7 +259,7 @@ def test_pixels_are_cached_by_content(prepared, tmp_path):
 
 
 def test_many_pixels_are_mapped_from_the_cache(prepared, tmp_path, monkeypatch):
-    settings, splits, task = prepared
+    _, splits, task = prepared
     held = encode_split(splits.train, task.encode, task.fingerprint(), None, None).columns["pixels"]
     monkeypatch.setattr(stacking, "MAPPED_FROM", 4 * held[0].nbytes)
     encode = [task.encode, task.fingerprint(), None, tmp_path / "cache"]
