@@ -30,7 +30,8 @@ def input_key(example: Example) -> str:
         return _canonical([[_stripped(turn) for turn in asked], example.get("tools")])
     if "image" in example:
         return str(example["image"])
-    given = example["prompt"] if "prompt" in example else example["text"]
+    sides = [example.get("chosen"), example.get("rejected")]
+    given: Any = example.get("prompt", example.get("text", _canonical(sides)))
     if isinstance(given, str):
         return given.strip()
     return _canonical([[_stripped(turn) for turn in given], example.get("tools")])
@@ -38,7 +39,8 @@ def input_key(example: Example) -> str:
 
 def row_key(example: Example) -> str:
     """Input and answer; equal keys are rows that repeat each other."""
-    return _canonical([input_key(example), example.get("label"), example.get("completion"), example.get("messages")])
+    answers = ("label", "completion", "messages", "chosen", "rejected")
+    return _canonical([input_key(example), *(example.get(part) for part in answers)])
 
 
 def near_key(key: str) -> str:
