@@ -36,6 +36,7 @@ class Backbone:
         new_modules: those among them whose weights are not from the checkpoint; they are trained in full.
         peft_task: peft's task type, None for a head that peft doesn't know.
         weights_digest: sha256 over names, shapes and a sample of the values of the loaded pretrained tensors.
+        decisions: what the task chose by itself, for run.json.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Backbone:
     new_modules: list[str] = field(default_factory=list)
     peft_task: str | None = None
     weights_digest: str = ""
+    decisions: dict[str, str] = field(default_factory=dict)
 
 
 def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
@@ -63,6 +65,23 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def load_image_processor(settings: ModelConfig, **replaced: Any) -> Any:
+    """The model's image processor, of transformers' PIL kind, with some of its settings replaced."""
+    from transformers import AutoImageProcessor
+
+    _refuse_missing(settings)
+    try:
+        return AutoImageProcessor.from_pretrained(
+            settings.path,
+            backend="pil",
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **replaced,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _explain(settings, error, "image processor") from error
 
 
 def load_settings(settings: ModelConfig) -> Any:

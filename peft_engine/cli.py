@@ -46,7 +46,10 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @click.option(
-    "--task", type=click.Choice(["causal-lm", "text-classification"]), required=True, help="What is to be learned."
+    "--task",
+    type=click.Choice(["causal-lm", "text-classification", "image-classification"]),
+    required=True,
+    help="What is to be learned.",
 )
 @click.option("--model", required=True, metavar="MODEL", help="Hub id or local folder.")
 def init(task: str, model: str) -> None:
@@ -86,7 +89,8 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--rows", type=click.IntRange(0), default=3, show_default=True, metavar="N", help="Rows of the mask preview."
 )
-def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
+@click.option("--images", metavar="FILE", help="PNG to write of some images, with augmentations.")
+def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int, images: str | None) -> None:
     """Look at the data before training.
 
     Counts, lengths, labels, duplicates, leakage and truncation of each split, and the first training rows as the model
@@ -99,7 +103,7 @@ def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> N
 
     from .inspection import inspect_data
 
-    report, show = inspect_data(settings, rows)
+    report, show = inspect_data(settings, rows, images)
     show_found(report, as_json, lambda: show(Console()))
 
 
@@ -180,7 +184,11 @@ def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...],
 @cli.command()
 @RUN
 @click.option(
-    "--input", "source", required=True, metavar="FILE", help="csv, tsv, jsonl, json, parquet or txt (a text per line)."
+    "--input",
+    "source",
+    required=True,
+    metavar="FILE",
+    help="csv, tsv, jsonl, json, parquet or txt (a text per line); a folder of images.",
 )
 @click.option("--output", "target", metavar="FILE", help=".csv or .jsonl to write; without it JSON lines go to stdout.")
 @OVERRIDES

@@ -257,7 +257,8 @@ class DataConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     """Changes to training rows."""
     image_size: Annotated[int, Field(ge=8)] | None = None
-    """Images are resized to this height and width; null is the processor's own size."""
+    """Height and width of what the model sees; null is the processor's own size. The share of an image that the
+    processor cuts off at the edges stays the same."""
     supervise: Literal["auto", "assistant", "last", "all"] = "auto"
     """Causal LM: which tokens are learned. `assistant` is every assistant turn, `last` the last one, `all` everything;
     `auto` is `assistant` for messages, the completion for prompt/completion, `all` for text."""

@@ -42,6 +42,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.columns.completion": ("causal-lm", "kto"),
     "data.columns.chosen": ("dpo", "orpo", "reward"),
     "data.columns.rejected": ("dpo", "orpo", "reward"),
+    "data.max_length": (*TEXT, *PREFERENCE),
     "data.supervise": ("causal-lm",),
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),

@@ -24,6 +24,19 @@ base = AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels={
 base.config.pad_token_id = {pad}
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
 
+PEFT_IMAGES = """import torch
+from PIL import Image
+from peft import PeftModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("THIS_FOLDER", backend="pil")
+base = AutoModelForImageClassification.from_pretrained({path!r}, num_labels={outputs}, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
+
+batch = processor([Image.open("some.png").convert("RGB")], return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits"""
+
 PEFT_MEAN = """import torch
 from peft import PeftModel
 from transformers import AutoModel
@@ -58,6 +71,17 @@ weight = batch["attention_mask"].unsqueeze(-1)
 mean = (hidden * weight).sum(1) / weight.sum(1)
 logits = mean @ head["classifier.weight"].T + head["classifier.bias"]  # classes: {classes}"""
 
+MERGED_IMAGES = """import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("THIS_FOLDER", backend="pil")
+model = AutoModelForImageClassification.from_pretrained("THIS_FOLDER").eval()
+
+batch = processor([Image.open("some.png").convert("RGB")], return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits"""
+
 MERGED = """from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
@@ -74,6 +98,8 @@ def write_merged_card(path: Path, config: Config, auto: str, labels: Labels | No
     snippet = (
         MERGED_MEAN.format(length=config.data.max_length, classes=classes) if mean_pooled else MERGED.format(auto=auto)
     )
+    if config.task == "image-classification":
+        snippet = MERGED_IMAGES
     note = [
         "The head is one linear layer on the *mean* of the last hidden states over real tokens. No Auto class of",
         "transformers does that: loaded as a sequence classifier, the head would sit on an untrained pooler.",
@@ -168,6 +194,8 @@ def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
         return TENSORS
     if config.task == "causal-lm":
         return PEFT_CAUSAL.format(path=config.model.path)
+    if config.task == "image-classification":
+        return PEFT_IMAGES.format(path=config.model.path, outputs=outputs)
     if group.backbone.peft_task is None:
         return PEFT_MEAN.format(path=config.model.path, outputs=outputs)
     return PEFT_CLASSES.format(path=config.model.path, outputs=outputs, pad=group.backbone.model.config.pad_token_id)

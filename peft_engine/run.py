@@ -337,7 +337,11 @@ class Run:
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
             "resumed_with_other": self.moved,
-            "decisions": {**self.runtime.why, "kernels": "off: plain PEFT" if fused is None else fused.why},
+            "decisions": {
+                **self.runtime.why,
+                **self.group.decisions(),
+                "kernels": "off: plain PEFT" if fused is None else fused.why,
+            },
             "kernels": None
             if fused is None
             else {"backend": fused.backend, "swapped": fused.counts(), "skipped": fused.skipped},

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from .adapters.files import load_adapter
 from .adapters.group import Group
 from .building import refuse_too_long
@@ -16,6 +18,7 @@ from .config import Config
 from .config_checks import LABELLED, PREFERENCE
 from .data.encoding import encode_split
 from .data.labels import Labels
+from .data.reading import Rows
 from .data.splitting import Split, load_one, load_splits
 from .errors import ConfigError, DataError, StorageError
 from .evaluation import evaluate_split, predict_rows
@@ -109,7 +112,8 @@ def predict(
     """Predict every row of a file: class and probabilities, or generated text.
 
     Args:
-        source: file with the text (or prompt, or messages) columns of training; labels are not needed.
+        source: file with the text (or prompt, messages, image) columns of training, or a folder of images; labels are
+            not needed.
         target: .csv or .jsonl to write; the source's columns are kept.
 
     Returns:
@@ -130,7 +134,7 @@ def predict(
             raise DataError(f"{source} has a column {name!r}, which the predictions would replace.", "Rename it.")
     opened = open_run(path, overrides)
     found = _texts(opened, split) if opened.task.generates else _predictions(opened, split)
-    result = [{**row, **prediction} for row, prediction in zip(rows.rows, found, strict=True)]
+    result = [{**_writable(rows, i), **prediction} for i, prediction in enumerate(found)]
     if target:
         with storage_errors(target):
             write_whole(target, _as_csv(result) if suffix == ".csv" else _as_jsonl(result))
@@ -234,6 +238,15 @@ def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
     size = settings.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
         return [{"predicted": text} for text in opened.task.answers(model, split.examples, settings, size)]
+
+
+def _writable(rows: Rows, i: int) -> dict[str, Any]:
+    """A row without the pixels or encoded bytes of its images: where it stands is written in their place."""
+    return {name: rows.where(i) if _holds_image(value) else value for name, value in rows.rows[i].items()}
+
+
+def _holds_image(value: Any) -> bool:
+    return isinstance(value, bytes | np.ndarray) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def _as_jsonl(rows: list[dict[str, Any]]) -> str:

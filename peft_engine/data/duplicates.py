@@ -1,6 +1,7 @@
 """Which rows ask the same: keys of an example's input, and what they tell about splits.
 
-The input is what the model is given: the text, the prompt, or all turns of a conversation that are not the assistant's.
+The input is what the model is given: the text, the prompt, an image (by the digest of its pixels), or all turns of a
+conversation that are not the assistant's.
 Two rows with one input never stand on two sides of a split, whatever their answers (trap 26).
 """
 
@@ -27,6 +28,8 @@ def input_key(example: Example) -> str:
         if all(turn["role"] in ("system", "developer") for turn in asked):
             asked = turns
         return _canonical([[_stripped(turn) for turn in asked], example.get("tools")])
+    if "image" in example:
+        return str(example["image"])
     sides = [example.get("chosen"), example.get("rejected")]
     given: Any = example.get("prompt", example.get("text", _canonical(sides)))
     if isinstance(given, str):

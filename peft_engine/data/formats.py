@@ -4,6 +4,7 @@
                          {"prompt": …, "completion": …}      both strings, or both lists of messages (then also "tools")
                          {"text": str}
     text-classification  {"text": str, "label": Any}                                    no label when predicting
+    image-classification {"image": Picture, "label": Any}                               no label when predicting
     dpo, orpo, reward    {"prompt": …, "chosen": …, "rejected": …}     strings, or lists of messages; the prompt may be
                          missing where chosen and rejected hold it
     kto                  {"prompt": …, "completion": …, "label": bool}
@@ -12,17 +13,19 @@ Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or nam
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from ..errors import ConfigError, DataError
+from .images import picture
 from .messages import Empty, Malformed, as_conversation, as_tools
 from .parsing import Row, shown
 from .reading import Rows
 
 Example = dict[str, Any]
-Kind = Literal["messages", "prompt-completion", "text", "text-label", "preference", "rated"]
+Kind = Literal["messages", "prompt-completion", "text", "text-label", "image-label", "preference", "rated"]
 
 CONVENTIONS = {
     "messages": ("messages", "conversations"),
@@ -30,6 +33,10 @@ CONVENTIONS = {
     "prompt": ("prompt", "instruction"),
     "completion": ("completion", "output"),
     "text": ("text", "sentence", "content", "document"),
+    "image": (
+        *("image", "images", "img", "pixels", "image_path", "file_name", "filename", "file", "path"),
+        *("filepath", "image_bytes", "image_base64", "x"),
+    ),
     "label": ("label", "labels", "class", "target", "category", "score", "sentiment"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
@@ -39,6 +46,7 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
     "text-label": ("text", "label"),
+    "image-label": ("image", "label"),
     "preference": ("chosen", "rejected"),
     "rated": ("prompt", "completion", "label"),
 }
@@ -48,11 +56,13 @@ ANSWERS = ("label", "completion")
 PARTS = {
     "causal-lm": ("messages", "tools", "prompt", "completion", "text"),
     "text-classification": ("text", "label"),
+    "image-classification": ("image", "label"),
     "dpo": ("prompt", "chosen", "rejected", "tools"),
     "orpo": ("prompt", "chosen", "rejected", "tools"),
     "reward": ("prompt", "chosen", "rejected", "tools"),
     "kto": ("prompt", "completion", "label", "tools"),
 }
+LABELLED_KINDS: dict[str, Kind] = {"text-classification": "text-label", "image-classification": "image-label"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class Layout:
     """Part to column. Alpaca's optional `input` column is the part "input"."""
     answered: bool = True
     """Rows must hold what is to be learned: a label, a completion, an assistant turn."""
+    folder: str = ""
+    """Paths of images are relative to it."""
 
 
 def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: bool = True) -> Layout:
@@ -94,12 +106,13 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
         found["tools"] = _find(rows, "tools", columns)
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
-    return Layout(kind, found, answered=need_label)
+    folder = "" if rows.places else os.path.dirname(os.path.expanduser(rows.source))
+    return Layout(kind, found, need_label, folder)
 
 
 def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> Kind:
-    if task == "text-classification":
-        return "text-label"
+    if task in LABELLED_KINDS:
+        return LABELLED_KINDS[task]
     if task in PREFERENCE_KINDS and need_label:
         return PREFERENCE_KINDS[task]
     return _causal_kind(rows, columns, need_label)
@@ -223,7 +236,17 @@ def _text_example(row: Row, layout: Layout) -> Example:
 
 
 def _labelled_example(row: Row, layout: Layout) -> Example:
-    example = _text_example(row, layout)
+    return _text_example(row, layout) | _label(row, layout)
+
+
+def _image_example(row: Row, layout: Layout) -> Example:
+    column = layout.columns["image"]
+    if row.get(column) is None:
+        raise Malformed(f"column {column!r} " + ("is empty" if column in row else "is not in this row"))
+    return {"image": picture(row[column], layout.folder)} | _label(row, layout)
+
+
+def _label(row: Row, layout: Layout) -> Example:
     if "label" in layout.columns:
         column = layout.columns["label"]
         label = row.get(column)
@@ -231,8 +254,8 @@ def _labelled_example(row: Row, layout: Layout) -> Example:
             raise Malformed(f"column {column!r} is not in this row")
         if label is None or label != label or (isinstance(label, str) and label.strip().lower() in ("", "nan")):
             raise Empty(f"the label in column {column!r} is {label!r}, that is missing")
-        example["label"] = label
-    return example
+        return {"label": label}
+    return {}
 
 
 def _messages_example(row: Row, layout: Layout) -> Example:
@@ -304,6 +327,7 @@ _CONVERTERS: dict[Kind, Callable[[Row, Layout], Example]] = {
     "prompt-completion": _completion_example,
     "text": _text_example,
     "text-label": _labelled_example,
+    "image-label": _image_example,
     "preference": _preference_example,
     "rated": _rated_example,
 }

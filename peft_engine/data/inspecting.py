@@ -97,6 +97,8 @@ def print_inspection(report: dict[str, Any], console: Console) -> None:
 
 
 def _token_facts(split: Split, data: EncodedSet) -> dict[str, Any]:
+    if "pixels" in data.columns:
+        return _pixel_facts(data)
     lengths = data.lengths
     tokens = int(lengths.sum())
     facts: dict[str, Any] = {
@@ -112,6 +114,11 @@ def _token_facts(split: Split, data: EncodedSet) -> dict[str, Any]:
         learned = int(data.columns["supervised"].sum())
         facts |= {"supervised_tokens": learned, "supervised_share": learned / max(1, tokens)}
     return facts
+
+
+def _pixel_facts(data: EncodedSet) -> dict[str, Any]:
+    rows, height, width, _ = data.columns["pixels"].shape
+    return {"images": rows, "width": width, "height": height, "megabytes": data.columns["pixels"].nbytes / 2**20}
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -178,6 +185,9 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
     lines = [
         ("rows", cells("rows")),
         ("sequences", cells("sequences")),
+        ("pixels wide", cells("width")),
+        ("pixels high", cells("height")),
+        ("MiB of pixels", cells("megabytes", ",.1f")),
         ("tokens", cells("tokens")),
         ("supervised tokens", with_share("supervised_tokens", "supervised_share")),
         *((f"length {name}", inner("lengths", name)) for name in ("p50", "p90", "p99", "max")),

@@ -30,9 +30,13 @@ class Rows:
     """Rows that can't be read and were left out: where each stands, and what is wrong with it."""
     unit: str = "line"
     """What `lines` counts: "row" in a JSON list of which rows were left out."""
+    places: list[str] | None = None
+    """Where each row stands in full, for sources whose rows are files."""
 
     def where(self, i: int) -> str:
         """Where row `i` (from 0) stands, in words: "train.jsonl, line 7" or "train.parquet, row 8"."""
+        if self.places is not None:
+            return self.places[i]
         return f"{self.source}, row {i + 1}" if self.lines is None else f"{self.source}, {self.unit} {self.lines[i]}"
 
     @property

@@ -18,6 +18,8 @@ from .cleaning import Dropped, counted, refuse_nothing_left, usable, without_con
 from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, repeated
 from .formats import Example, Layout, find_layout
+from .image_sources import read_images
+from .images import require_pillow
 from .labels import Labels, find_labels
 from .mixing import describe_sources, name_of, sources_of
 from .near_duplicates import Near, find_near, method_for
@@ -92,7 +94,7 @@ class Splits:
     layout: Layout
     """Of the training data."""
     labels: Labels | None
-    """Text classification only."""
+    """Of tasks that have classes."""
     report: SplitReport
     digest: str
     """sha256 of all splits' examples in their order; file names don't enter."""
@@ -113,7 +115,11 @@ def _load(
     clean = config.data.clean if need_label else CleanConfig()
     skip = clean.malformed == "drop"
     subset = config.data.subset
-    rows = read_rows(source.path, subset=subset, default_split=default_split, skip_malformed=skip)
+    rows = None
+    if config.task == "image-classification":
+        require_pillow()
+        rows = read_images(source.path, need_label)
+    rows = rows or read_rows(source.path, subset=subset, default_split=default_split, skip_malformed=skip)
     columns: dict[str, str] = dict(source.columns.items())
     layout = find_layout(rows, config.task, columns, need_label=need_label)
     examples, where, dropped = usable(rows, layout, clean, name)

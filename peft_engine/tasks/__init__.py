@@ -4,12 +4,14 @@ from ..config import Config
 from ..data.labels import Labels
 from .base import Task
 from .causal_lm import CausalLM
+from .image_classification import ImageClassification
 from .preference import Preference, Reward
 from .text_classification import TextClassification
 
 TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "text-classification": TextClassification,
+    "image-classification": ImageClassification,
     "dpo": Preference,
     "orpo": Preference,
     "kto": Preference,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..config import Config
+from ..data.augmenting_images import image_change
 from ..data.augmenting_text import text_change
 from ..data.encoding import EncodedSet
 from ..data.mixing import mixture
@@ -28,6 +29,8 @@ def for_training(data: EncodedSet, splits: Splits, task: Task, config: Config) -
         written = _written(data, splits, task) if isinstance(task, Templated) else None
         change = text_change(config.data.augment.text, task.processor, config.data.max_length, data, written)
         data = replace(data, change=change)
+    if "pixels" in data.columns:
+        data = replace(data, change=image_change(config.data.augment.image))
     return data
 
 

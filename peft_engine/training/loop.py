@@ -189,14 +189,12 @@ class Loop:
             raise
 
     def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
-        longest = int(self.data.lengths.max())
         packing = self.trainees[0].plan.packing
         packed = f", in packs of up to {packing.tokens} tokens," if packing else ""
-        lower = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
+        first = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
         return OutOfMemory(
-            f"Memory ran out with {size} sequence(s) of up to {longest} tokens{packed} at once: "
-            f"{str(error).splitlines()[0]}",
-            f"Lower {lower} or data.max_length, set training.gradient_checkpointing: true, or adapt less.",
+            f"Memory ran out with {size} {self.data.longest}{packed} at once: {str(error).splitlines()[0]}",
+            f"Lower {first} or {self.data.length_setting}, set training.gradient_checkpointing: true, or adapt less.",
         )
 
     def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
