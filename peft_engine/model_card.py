@@ -7,6 +7,7 @@ from typing import Any
 from .adapters.group import Group
 from .config import Config
 from .data.labels import Labels
+from .tasks.text_classification import MeanPooled
 
 PEFT_CAUSAL = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,24 @@ from transformers import AutoModelForSequenceClassification
 
 base = AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels={outputs})
 base.config.pad_token_id = {pad}
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_TAGS = """from peft import PeftModel
+from transformers import AutoModelForTokenClassification
+
+base = AutoModelForTokenClassification.from_pretrained({path!r}, num_labels={outputs})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_SEQ2SEQ = """from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+
+base = AutoModelForSeq2SeqLM.from_pretrained({path!r})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_CHOICES = """from peft import PeftModel
+from transformers import AutoModelForMultipleChoice
+
+base = AutoModelForMultipleChoice.from_pretrained({path!r})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
 
 PEFT_MEAN = """import torch
@@ -165,6 +184,12 @@ def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
         return TENSORS
     if config.task == "causal-lm":
         return PEFT_CAUSAL.format(path=config.model.path)
+    if config.task == "seq2seq":
+        return PEFT_SEQ2SEQ.format(path=config.model.path)
+    if config.task == "token-classification":
+        return PEFT_TAGS.format(path=config.model.path, outputs=outputs)
+    if labels and labels.kind == "choice" and not isinstance(group.backbone.model, MeanPooled):
+        return PEFT_CHOICES.format(path=config.model.path)
     if group.backbone.peft_task is None:
         return PEFT_MEAN.format(path=config.model.path, outputs=outputs)
     return PEFT_CLASSES.format(path=config.model.path, outputs=outputs, pad=group.backbone.model.config.pad_token_id)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -210,6 +211,10 @@ def _learned_conversations(folder: Path) -> bool:
 
 def _predictions(opened: Opened, split: Split) -> list[dict[str, Any]]:
     encoded = encode_split(split, opened.task.encode, {}, 0.0, None)
+    if encoded.truncated:
+        cut = f"{encoded.truncated} of {len(encoded)} rows were cut to data.max_length"
+        lost = "; words beyond it are predicted as null" if "words" in encoded.columns else ""
+        logging.getLogger(__name__).warning("%s = %d tokens%s.", cut, opened.config.data.max_length, lost)
     refuse_too_long(opened.group.backbone.model, {"rows": encoded})
     size = opened.config.evaluation.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
@@ -234,11 +239,12 @@ def _is_cell(value: Any) -> bool:
 def _as_csv(rows: list[dict[str, Any]]) -> str:
     flat = []
     for row in rows:
-        shares = row.get("probabilities", {})
+        by_class = isinstance(row.get("probabilities"), dict)  # words of a tagged row have a list
+        shares = row["probabilities"] if by_class else {}
         plain = {
             k: "" if v is None else v if _is_cell(v) else json.dumps(v, ensure_ascii=False)
             for k, v in row.items()
-            if k != "probabilities"
+            if k != "probabilities" or not by_class
         }
         flat.append(plain | {f"probability.{name}": share for name, share in shares.items()})
     out = io.StringIO()

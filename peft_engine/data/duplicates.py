@@ -27,7 +27,13 @@ def input_key(example: Example) -> str:
         if all(turn["role"] in ("system", "developer") for turn in asked):
             asked = turns
         return _canonical([[_stripped(turn) for turn in asked], example.get("tools")])
-    given = example["prompt"] if "prompt" in example else example["text"]
+    if "tokens" in example:
+        return " ".join(example["tokens"])
+    if "text_pair" in example:
+        return f"{example['text'].strip()}\n{example['text_pair'].strip()}"
+    if "choices" in example:
+        return "\n".join([example["text"].strip(), *(choice.strip() for choice in example["choices"])])
+    given = next(example[part] for part in ("prompt", "source", "text") if part in example)
     if isinstance(given, str):
         return given.strip()
     return _canonical([[_stripped(turn) for turn in given], example.get("tools")])
@@ -35,7 +41,8 @@ def input_key(example: Example) -> str:
 
 def row_key(example: Example) -> str:
     """Input and answer; equal keys are rows that repeat each other."""
-    return _canonical([input_key(example), example.get("label"), example.get("completion"), example.get("messages")])
+    answers = ("label", "completion", "messages", "tags", "target")
+    return _canonical([input_key(example), *(example.get(part) for part in answers)])
 
 
 def near_key(key: str) -> str:
@@ -54,8 +61,9 @@ def contradictory(examples: Iterable[Example]) -> int:
     label_of: dict[str, str] = {}
     differ: set[str] = set()
     for example in examples:
-        if "label" in example:
-            key, label = input_key(example), _canonical(example["label"])
+        answer = example.get("label", example.get("tags"))
+        if answer is not None:
+            key, label = input_key(example), _canonical(answer)
             if label_of.setdefault(key, label) != label:
                 differ.add(key)
     return len(differ)

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config import Config
-from ..config_checks import CLASSES
+from ..config_checks import LABELLED
 from ..errors import DataError
 from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, near_key, repeated
 from .formats import Example, Layout, find_layout, to_examples
-from .labels import Labels, find_labels
+from .labels import Labels, find_labels, label_of
 from .reading import Rows, read_rows
 
 HUB_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
@@ -76,7 +76,7 @@ class Splits:
     layout: Layout
     """Of the training data."""
     labels: Labels | None
-    """Text classification only."""
+    """Of tasks with classes."""
     report: SplitReport
     digest: str
     """sha256 of all splits' examples in their order; file names don't enter."""
@@ -107,7 +107,7 @@ def load_splits(config: Config) -> Splits:
     train, _, layout = _load(config.data.train, config, True, HUB_SPLITS["train"])
     held = _given_splits(config, layout)
     labels = None
-    if config.task in CLASSES:
+    if config.task in LABELLED:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
     whole = train.examples + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
@@ -204,15 +204,16 @@ def _make_splits(
 
 
 def _classes(split: Split, i: int, labels: Labels | None) -> list[str]:
-    return [] if labels is None else labels.classes(split.examples[i]["label"], split.where[i])
+    return [] if labels is None else labels.classes(label_of(split.examples[i]), split.where[i])
 
 
 def _labels_of_training(train: Split, held: dict[str, Split], found: Labels, config: Config) -> Labels:
     """Labels of the training split alone, having checked that the other splits hold no others."""
-    labels = find_labels(train.examples, train.where.__getitem__, found.kind, config.data.labels)
+    kind = found.kind if found.kind in ("single", "multi", "regression") else "auto"
+    labels = find_labels(train.examples, train.where.__getitem__, kind, config.data.labels)
     for split in held.values():
         for example, where in zip(split.examples, split.where, strict=True):
-            labels.encode(example["label"], where)
+            labels.classes(label_of(example), where)
     return labels
 
 

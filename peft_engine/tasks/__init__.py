@@ -5,8 +5,13 @@ from ..data.labels import Labels
 from .base import Task
 from .causal_lm import CausalLM
 from .text_classification import TextClassification
+from .token_classification import TokenClassification
 
-TASKS: dict[str, type[Task]] = {"causal-lm": CausalLM, "text-classification": TextClassification}
+TASKS: dict[str, type[Task]] = {
+    "causal-lm": CausalLM,
+    "text-classification": TextClassification,
+    "token-classification": TokenClassification,
+}
 
 
 def make_task(config: Config, labels: Labels | None = None) -> Task:

@@ -134,5 +134,14 @@ def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
+def pad_column(data: EncodedSet, rows: np.ndarray, name: str, fill: int) -> Tensor:
+    """A per-token column of whole numbers, int64 (rows, longest), filled up on the right."""
+    own = [data.token_column(name, int(row)) for row in rows]
+    padded = np.full((len(rows), max(map(len, own))), fill, dtype=np.int64)
+    for line, values in enumerate(own):
+        padded[line, : len(values)] = values
+    return torch.from_numpy(padded)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -22,8 +22,9 @@ from ..config import Config, EvaluationConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
-from .base import Batch, pad_tokens, probe_tokens
+from .base import Batch, pad_column, pad_tokens, probe_tokens
 from .class_metrics import ClassMeter, predictions
+from .heads import load_with_head, name_classes
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD = "classifier"  # name of the mean-pooled head's linear layer
@@ -44,9 +45,7 @@ class TextClassification:
     def load(self, device: torch.device) -> Backbone:
         model_config = load_settings(self.config.model)
         names = self.labels.names or ["value"]
-        model_config.num_labels = len(names)
-        model_config.id2label = dict(enumerate(names))
-        model_config.label2id = {name: i for i, name in enumerate(names)}
+        name_classes(model_config, names)
         model_config.problem_type = PROBLEM[self.labels.kind]
         model_config.pad_token_id = padding_id(self.tokenizer)
         model_config.use_cache = False
@@ -55,14 +54,7 @@ class TextClassification:
             digest = digest_weights(model)
             add_mean_pooled_head(model, len(names))
             return Backbone(model, [HEAD], [HEAD], None, digest)
-        model, new = load_model(self.config, AutoModelForSequenceClassification, model_config, device, _is_head)
-        heads = [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and any(True for _ in child.parameters())
-        ]
-        fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
-        return Backbone(model, heads, fresh, "SEQ_CLS", digest_weights(model.base_model))
+        return load_with_head(self.config, AutoModelForSequenceClassification, model_config, device, "SEQ_CLS")
 
     def _pooling(self) -> str:
         asked = self.config.model.pooling
@@ -108,11 +100,7 @@ class TextClassification:
     def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:
         batch = pad_tokens(data, rows, padding_id(self.tokenizer))
         if "token_type_ids" in data.columns:
-            types = np.zeros(batch["input_ids"].shape, dtype=np.int64)
-            for line, row in enumerate(rows):
-                own = data.token_column("token_type_ids", int(row))
-                types[line, : len(own)] = own
-            batch["token_type_ids"] = torch.from_numpy(types)
+            batch["token_type_ids"] = pad_column(data, rows, "token_type_ids", 0)
         if "label" in data.columns:
             dtype = torch.int64 if self.labels.kind == "single" else torch.float32
             batch["label"] = torch.from_numpy(data.columns["label"][rows]).to(dtype)
@@ -225,10 +213,6 @@ def add_mean_pooled_head(model: PreTrainedModel, outputs: int) -> None:
 
 def _is_pooler(model: PreTrainedModel, name: str) -> bool:
     return name.startswith("pooler.")  # not used, dropped
-
-
-def _is_head(model: PreTrainedModel, name: str) -> bool:
-    return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _uses_pooler(settings: Any) -> bool:
