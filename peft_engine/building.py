@@ -99,7 +99,7 @@ def _own_dtypes(module: Any) -> set[torch.dtype]:
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
     """Sequences must fit the model's positions."""
     positions = positions_of(model)
-    longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
+    longest = max((d.longest for d in data.values()), default=0)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.",

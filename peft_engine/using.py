@@ -25,6 +25,7 @@ from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
 from .tasks import Task, make_task
+from .tasks.seq2seq import Seq2Seq
 
 
 @dataclass
@@ -135,25 +136,27 @@ def generate(
     streamer: Any = None,
     overrides: tuple[str, ...] = (),
 ) -> str:
-    """Continue a prompt, through the chat template where the run learned conversations.
+    """Continue a prompt, through the chat template where the run learned conversations; or make the target of a source.
 
     Raises:
-        ConfigError: no finished causal-lm run, or nothing to answer.
+        ConfigError: no finished causal-lm or seq2seq run, or nothing to answer.
     """
     folder, config = find_run(path, overrides)
-    if config.task != "causal-lm":
-        raise ConfigError(f"generate needs a causal-lm run, {folder} is {config.task}.", "Use predict.")
+    if config.task not in ("causal-lm", "seq2seq"):
+        raise ConfigError(f"generate needs a causal-lm or seq2seq run, {folder} is {config.task}.", "Use predict.")
     if not prompt.strip():
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
+    templated = config.task == "causal-lm" and _learned_conversations(folder)
     opened = open_run(path, overrides)
     tokenizer = opened.task.processor
-    templated = _learned_conversations(folder)
     if system and not templated:
         raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     text = prompt_and_answer({"messages": messages}, tokenizer)[0] if templated else prompt
     with opened.group.evaluating(opened.group.members[0]) as model:
         make = streamer(tokenizer) if streamer else None
+        if isinstance(opened.task, Seq2Seq):
+            return opened.task.generate(model, [text], max_new_tokens, temperature=temperature, streamer=make)[0]
         return generate_text(
             model, tokenizer, [text], max_new_tokens, templated=templated, temperature=temperature, streamer=make
         )[0]

@@ -72,6 +72,13 @@ class EncodedSet:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)
 
+    @property
+    def longest(self) -> int:
+        """Positions that a model needs for it: those of the longest sequence. Where a sequence is read in parts (source
+        and target, choices), the longest part's, which the task notes per sequence in the column `longest`."""
+        positions = self.columns.get("longest", self.lengths)
+        return int(positions.max()) if len(self) else 0
+
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sequence i, int32 (length,)."""
         return self.input_ids[self.offsets[i] : self.offsets[i + 1]]

@@ -4,6 +4,7 @@ from ..config import Config
 from ..data.labels import Labels
 from .base import Task
 from .causal_lm import CausalLM
+from .seq2seq import Seq2Seq
 from .text_classification import TextClassification
 from .token_classification import TokenClassification
 
@@ -11,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
     "causal-lm": CausalLM,
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
+    "seq2seq": Seq2Seq,
 }
 
 

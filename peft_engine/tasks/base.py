@@ -115,8 +115,8 @@ class Task(Protocol):
 
 def probe_tokens(model: nn.Module) -> Batch:
     """Token ids to compare models on: seeded, (4, 24), the last row padded."""
-    settings: Any = model.config
-    size = int(settings.get_text_config().vocab_size)
+    entry: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = int(entry.weight.shape[0])
     ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[-1, 16:] = 0

@@ -1,4 +1,4 @@
-"""Models with a head of transformers' own for a number of classes."""
+"""Heads of transformers' own: for a number of classes, and which modules a language model's output is."""
 
 from typing import Any
 
@@ -37,3 +37,9 @@ def load_with_head(
 def is_head(model: PreTrainedModel, name: str) -> bool:
     """Whether a tensor belongs to the head."""
     return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def output_names(model: PreTrainedModel) -> list[str]:
+    """Full names of the module that makes a language model's logits."""
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is output]
