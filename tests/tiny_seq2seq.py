@@ -1,9 +1,9 @@
 """Tiny random encoder-decoder models, saved as ordinary model folders: T5 old and new, BART, and two BERTs.
 
-    t5       tied embeddings, outputs scaled by 1/sqrt(width), ReLU, relative positions; ends a text with </s>
-    t5_new   untied head, gated GELU, as in T5 1.1 and mT5
-    bart     learned positions, biases; <s> text </s>, the decoder starts with </s>
-    bert2bert  transformers' EncoderDecoderModel of two BERTs, a pooler in the encoder that nothing reads
+t5       tied embeddings, outputs scaled by 1/sqrt(width), ReLU, relative positions; ends a text with </s>
+t5_new   untied head, gated GELU, as in T5 1.1 and mT5
+bart     learned positions, biases; <s> text </s>, the decoder starts with </s>
+bert2bert  transformers' EncoderDecoderModel of two BERTs, a pooler in the encoder that nothing reads
 """
 
 from pathlib import Path
@@ -43,6 +43,8 @@ def make_seq2seq(family: str, folder: Path, *, dropout: float = 0.0) -> Path:
             bias = getattr(module, "bias", None)
             if isinstance(bias, nn.Parameter):
                 bias.normal_(0.0, STD)
+        if family in ("bart", "bert2bert"):
+            model.get_output_embeddings().weight.mul_(5)  # behind a norm: else no logit could get large
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -99,7 +99,7 @@ def right_choice(label: Any, choices: list[str], keys: list[str]) -> int:
         name = label.strip()
         readings = [i for i, choice in enumerate(choices) if choice.strip() == name]
         readings += [i for i, key in enumerate(keys) if key == name]
-        if not keys and name.isascii() and name.isdigit():
+        if not keys and name.isascii() and name.isdigit() and int(name) < len(choices):
             readings.append(int(name))
         if not keys and not readings and len(name) == 1 and name.isascii() and name.isalpha():
             readings.append(ord(name.upper()) - ord("A"))

@@ -171,20 +171,25 @@ class Seq2Seq:
         cut = sum(is_cut for _, is_cut in encoded)
         if cut:
             logging.getLogger(__name__).warning(
-                "%d of %d sources were cut to data.max_length = %d tokens.", cut, len(encoded), self.config.data.max_length
+                "%d of %d sources were cut to data.max_length = %d tokens.",
+                cut,
+                len(encoded),
+                self.config.data.max_length,
             )
         device = next(model.parameters()).device
         ids, mask = _padded([np.asarray(ids, dtype=np.int64) for ids, _ in encoded], padding_id(self.tokenizer))
         positions = positions_of(model)
         room = max_new_tokens if positions is None else min(max_new_tokens, positions - 1)
-        sampling: dict[str, Any] = (
+        options: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
+        if getattr(model.generation_config, "decoder_start_token_id", None) is None:
+            options["decoder_start_token_id"] = model.config.decoder_start_token_id
         with torch.no_grad(), matched(model):
             out = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=room, num_beams=beams,
                 pad_token_id=padding_id(self.tokenizer), streamer=streamer, use_cache=True,
-                eos_token_id=sorted({*(stop_ids(model, self.tokenizer) or ()), self.end}), **sampling,
+                eos_token_id=sorted({*(stop_ids(model, self.tokenizer) or ()), self.end}), **options,
             )  # fmt: skip
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in out]
 
@@ -201,7 +206,17 @@ class Seq2Seq:
         return self.forward(model, batch)
 
     def as_plain(self, model: nn.Module) -> None:
-        """Nothing: the class is transformers' own."""
+        """Embeddings that are one, in a model whose output was untied from them, are saved one by one: with
+        `tie_word_embeddings` off, some models (BART) start those at random that are not in the file (trap 13)."""
+        settings: Any = model.config
+        if getattr(settings, "tie_word_embeddings", True):  # two models in one say it one by one
+            return
+        seen: set[int] = set()
+        for part in model.modules():
+            if isinstance(part, nn.Embedding):
+                if id(part.weight) in seen:
+                    part.weight = nn.Parameter(part.weight.detach().clone())
+                seen.add(id(part.weight))
 
 
 class TargetMeter:

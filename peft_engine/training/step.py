@@ -17,6 +17,8 @@ from ..tasks.base import Task, to_device
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two rows share a number
 
+PLACES_APART = 0x2545F4914F6CDD1D  # between the seeds of two samples of one row
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -57,7 +59,9 @@ def gradients(
     for rows in micro_batches:
         batch = to_device(task.collate(data, rows), runtime.device)
         if group.rows is not None:
-            group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
+            seeds = sample_seeds(seed, rows).to(runtime.device)
+            # a row that is read several times (choices) has as many samples
+            group.rows.seeds = seeds[batch["row"]] + batch["place"] * PLACES_APART if "place" in batch else seeds
         with accelerator.autocast():
             loss = task.training_loss(group.model, batch) / units
         accelerator.backward(loss)
