@@ -14,7 +14,7 @@ from .adapters.files import load_adapter
 from .adapters.group import Group
 from .building import refuse_too_long
 from .config import Config
-from .config_checks import LABELLED
+from .config_checks import LABELLED, PREFERENCE
 from .data.encoding import encode_split
 from .data.labels import Labels
 from .data.splitting import Split, load_one, load_splits
@@ -24,7 +24,7 @@ from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
 from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
-from .tasks import Task, make_task
+from .tasks import TASKS, Task, make_task
 from .tasks.seq2seq import Seq2Seq
 
 
@@ -73,6 +73,11 @@ def evaluate(
         {"split", "rows", "metrics"}.
     """
     _, config = find_run(path, overrides)
+    if config.task in PREFERENCE:
+        raise ConfigError(
+            f"evaluate: a {config.task} run is judged against its reference, which only training holds.",
+            "Its metrics before and after are in run.json; use predict or generate.",
+        )
     if data is not None:  # what may be faulty is read before what takes time
         chosen, _ = load_one(data, config, need_label=True, default_split="test")
     else:
@@ -139,16 +144,16 @@ def generate(
     """Continue a prompt, through the chat template where the run learned conversations; or make the target of a source.
 
     Raises:
-        ConfigError: no finished causal-lm or seq2seq run, or nothing to answer.
+        ConfigError: no finished run that answers with text, or nothing to answer.
     """
     folder, config = find_run(path, overrides)
-    if config.task not in ("causal-lm", "seq2seq"):
-        raise ConfigError(f"generate needs a causal-lm or seq2seq run, {folder} is {config.task}.", "Use predict.")
+    if not TASKS[config.task].generates:
+        raise ConfigError(f"generate needs a run that answers with text, {folder} is {config.task}.", "Use predict.")
     if not prompt.strip():
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
-    templated = config.task == "causal-lm" and _learned_conversations(folder)
     opened = open_run(path, overrides)
     tokenizer = opened.task.processor
+    templated = not isinstance(opened.task, Seq2Seq) and _learned_conversations(folder)
     if system and not templated:
         raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]

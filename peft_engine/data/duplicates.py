@@ -33,7 +33,8 @@ def input_key(example: Example) -> str:
         return f"{example['text'].strip()}\n{example['text_pair'].strip()}"
     if "choices" in example:
         return "\n".join([example["text"].strip(), *(choice.strip() for choice in example["choices"])])
-    given = next(example[part] for part in ("prompt", "source", "text") if part in example)
+    sides = [example.get("chosen"), example.get("rejected")]
+    given: Any = next((example[part] for part in ("prompt", "source", "text") if part in example), _canonical(sides))
     if isinstance(given, str):
         return given.strip()
     return _canonical([[_stripped(turn) for turn in given], example.get("tools")])
@@ -41,7 +42,7 @@ def input_key(example: Example) -> str:
 
 def row_key(example: Example) -> str:
     """Input and answer; equal keys are rows that repeat each other."""
-    answers = ("label", "completion", "messages", "tags", "target")
+    answers = ("label", "completion", "messages", "tags", "target", "chosen", "rejected")
     return _canonical([input_key(example), *(example.get(part) for part in answers)])
 
 

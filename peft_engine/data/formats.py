@@ -8,6 +8,9 @@
                          {"text": str, "choices": [str, …], "label": int}               the right one's place, from 0
     token-classification {"tokens": [str, …], "tags": [str | int | None, …]}            no tags when predicting
     seq2seq              {"source": str, "target": str}                                 no target when predicting
+    dpo, orpo, reward    {"prompt": …, "chosen": …, "rejected": …}     strings, or lists of messages; the prompt may be
+                         missing where chosen and rejected hold it
+    kto                  {"prompt": …, "completion": …, "label": bool}
 
 Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or named in `data.columns`.
 """
@@ -36,8 +39,9 @@ from .text_layouts import (
 
 Example = dict[str, Any]
 Kind = Literal[
-    "messages", "prompt-completion", "text", "text-label", "pair-label", "choices-label", "tokens-tags", "source-target"
-]
+    "messages", "prompt-completion", "text", "text-label", "pair-label", "choices-label", "tokens-tags", "source-target",
+    "preference", "rated",
+]  # fmt: skip
 
 CONVENTIONS = {
     "messages": ("messages", "conversations"),
@@ -52,6 +56,8 @@ CONVENTIONS = {
     "tags": ("tags", "ner_tags", "pos_tags", "labels"),
     "source": firsts(TRANSLATIONS),
     "target": seconds(TRANSLATIONS),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
 CHOICES_TEXT = ("question", "context", "ctx", "premise")
 CHOICES_LABEL = ("answer", "answerkey")
@@ -64,7 +70,10 @@ KINDS: dict[Kind, tuple[str, ...]] = {
     "choices-label": ("text", "choices", "label"),
     "tokens-tags": ("tokens", "tags"),
     "source-target": ("source", "target"),
+    "preference": ("chosen", "rejected"),
+    "rated": ("prompt", "completion", "label"),
 }
+PREFERENCE_KINDS: dict[str, Kind] = {"dpo": "preference", "orpo": "preference", "reward": "preference", "kto": "rated"}
 CAUSAL_KINDS: tuple[Kind, ...] = ("messages", "prompt-completion", "text")
 ANSWERS = ("label", "completion", "tags", "target")
 PARTS = {
@@ -72,6 +81,10 @@ PARTS = {
     "text-classification": ("text", "text_pair", "choices", "label"),
     "token-classification": ("tokens", "tags"),
     "seq2seq": ("source", "target"),
+    "dpo": ("prompt", "chosen", "rejected", "tools"),
+    "orpo": ("prompt", "chosen", "rejected", "tools"),
+    "reward": ("prompt", "chosen", "rejected", "tools"),
+    "kto": ("prompt", "completion", "label", "tools"),
 }
 
 
@@ -108,7 +121,9 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
     if kind == "prompt-completion":
         found |= _alpaca_input(rows, found, columns)
-    if kind in ("messages", "prompt-completion") and ("tools" in columns or _candidates(rows, "tools")):
+    if kind == "preference" and ("prompt" in columns or _candidates(rows, "prompt")):
+        found["prompt"] = _find(rows, "prompt", columns)
+    if kind != "text" and "tools" in PARTS[task] and ("tools" in columns or _candidates(rows, "tools")):
         found["tools"] = _find(rows, "tools", columns)
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
@@ -123,6 +138,8 @@ def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> t
         return "source-target", columns or _one_pair(rows, "source", "target", TRANSLATIONS)
     if task == "text-classification":
         return _labelled_kind(rows, columns)
+    if task in PREFERENCE_KINDS and need_label:
+        return PREFERENCE_KINDS[task], columns
     return _causal_kind(rows, columns, need_label), columns
 
 
@@ -261,7 +278,7 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
 
 def is_conversation(example: Example) -> bool:
     """Whether an example goes through the chat template."""
-    return "messages" in example or isinstance(example.get("prompt"), list)
+    return "messages" in example or isinstance(example.get("prompt", example.get("chosen")), list)
 
 
 def _text_example(row: Row, layout: Layout) -> Example:
@@ -327,6 +344,27 @@ def _completion_example(row: Row, layout: Layout) -> Example:
     return example | (_tools(row, layout) if isinstance(prompt, list) else {})
 
 
+def _preference_example(row: Row, layout: Layout) -> Example:
+    example = {
+        part: _side(row, layout.columns[part]) for part in ("prompt", "chosen", "rejected") if part in layout.columns
+    }
+    if len({type(side) for side in example.values()}) > 1:
+        raise Malformed("of prompt, chosen and rejected some are strings, others lists of messages")
+    if example["chosen"] == example["rejected"]:
+        raise Malformed("chosen and rejected are the same: there is no preference to learn")
+    return example | _tools(row, layout)
+
+
+def _rated_example(row: Row, layout: Layout) -> Example:
+    example = _completion_example(row, layout)
+    label = row.get(layout.columns["label"])
+    known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+    key = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(key, str | bool | int) or key not in known:
+        raise Malformed(f"the label is {shown(label)}; expected true (a good answer) or false")
+    return {**example, "label": known[key]}
+
+
 def _side(row: Row, column: str) -> str | list[dict[str, Any]]:
     return as_conversation(row[column], column) if isinstance(row.get(column), list) else _filled_string(row, column)
 
@@ -355,4 +393,6 @@ _CONVERTERS: dict[Kind, Callable[[Row, Layout], Example]] = {
     "choices-label": _choices_example,
     "tokens-tags": _tagged_example,
     "source-target": _source_example,
+    "preference": _preference_example,
+    "rated": _rated_example,
 }

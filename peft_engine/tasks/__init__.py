@@ -6,6 +6,7 @@ from .base import Task
 from .causal_lm import CausalLM
 from .multiple_choice import MultipleChoice
 from .seq2seq import Seq2Seq
+from .preference import Preference, Reward
 from .text_classification import TextClassification
 from .token_classification import TokenClassification
 
@@ -14,6 +15,10 @@ TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
     "seq2seq": Seq2Seq,
+    "dpo": Preference,
+    "orpo": Preference,
+    "kto": Preference,
+    "reward": Reward,
 }
 
 

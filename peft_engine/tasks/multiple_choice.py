@@ -92,8 +92,8 @@ class MultipleChoice:
         return [tokenise(self.tokenizer, [example["text"], choice], limit) for choice in example["choices"]]
 
     def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:
-        """(readings, longest) ids, mask and types; `row` and `place` (readings,) tell whose each is; `slots` (rows, most
-        choices) where each is found, -1 where a row has fewer; label (rows,)."""
+        """(readings, longest) ids, mask and types; `row` and `place` (readings,) tell whose each is; `slots` (rows,
+        most choices) where each is found, -1 where a row has fewer; label (rows,)."""
         names = [name for name in ("token_type_ids",) if name in data.columns]
         parts: list[tuple[int, int, np.ndarray, list[np.ndarray]]] = []
         for line, row in enumerate(rows):

@@ -129,7 +129,7 @@ def test_pieces_of_a_batch_give_one_gradient(pooling: str, tiny_model: Tiny, tmp
 
 def test_evaluation_data_of_another_layout_is_refused(tiny_model: Tiny, tmp_path: Path) -> None:
     single = write_rows(tmp_path / "single.jsonl", [{"text": f"a {i}", "label": "yes"} for i in range(4)])
-    with pytest.raises(DataError, match="holds pair-label, data.eval .* text-label"):
+    with pytest.raises(DataError, match=r"holds pair-label, data.eval .* text-label"):
         assemble(settings_of(tiny_model("bert"), tmp_path, data={"eval": str(single)}))
 
 
