@@ -39,8 +39,8 @@ from .text_layouts import (
 
 Example = dict[str, Any]
 Kind = Literal[
-    "messages", "prompt-completion", "text", "text-label", "pair-label", "choices-label", "tokens-tags", "source-target",
-    "preference", "rated",
+    "messages", "prompt-completion", "text", "text-label", "pair-label", "choices-label", "tokens-tags",
+    "source-target", "preference", "rated",
 ]  # fmt: skip
 
 CONVENTIONS = {

@@ -5,8 +5,8 @@ from ..data.labels import Labels
 from .base import Task
 from .causal_lm import CausalLM
 from .multiple_choice import MultipleChoice
-from .seq2seq import Seq2Seq
 from .preference import Preference, Reward
+from .seq2seq import Seq2Seq
 from .text_classification import TextClassification
 from .token_classification import TokenClassification
 
