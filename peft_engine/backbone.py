@@ -207,7 +207,11 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def positions_of(model: nn.Module) -> int | None:
     """Longest sequence that the model takes, None where nothing says so."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    settings: Any = model.config
+    names = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+    parts = [settings, getattr(settings, "encoder", None), getattr(settings, "decoder", None)]
+    stated = [value for part in parts for name in names if isinstance(value := getattr(part, name, None), int)]
+    positions = min(stated, default=None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from there

@@ -162,7 +162,7 @@ def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
     positions, taken = positions_of(model), virtual_tokens(model)
     if positions is not None:
         positions -= taken
-    longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
+    longest = max((d.longest for d in data.values()), default=0)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions"

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, completion, doctor, env, merge, show_found
+from .config_checks import TASKS
 from .errors import EngineError
 from .faults import explain, leave, several, told_by_another
 from .printing import print_metrics, print_summary
@@ -45,12 +46,7 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option(
-    "--task",
-    type=click.Choice(["causal-lm", "text-classification", "image-classification"]),
-    required=True,
-    help="What is to be learned.",
-)
+@click.option("--task", type=click.Choice(TASKS), required=True, help="What is to be learned.")
 @click.option("--model", required=True, metavar="MODEL", help="Hub id or local folder.")
 def init(task: str, model: str) -> None:
     """Print a commented config to start from.
@@ -249,11 +245,10 @@ def generate(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Answer PROMPT with a causal-lm run, streamed as it is made.
+    """Answer PROMPT with a causal-lm or seq2seq run, streamed as it is made.
 
     The prompt goes through the model's chat template where the run learned conversations; else it is continued as it
-    stands. RUN is a run directory, or the config whose
-    output it is.
+    stands. For seq2seq it is the source. RUN is a run directory, or the config whose output it is.
 
     \b
     peft-engine generate runs/mine "Name three rivers." --max-new-tokens 50

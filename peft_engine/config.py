@@ -233,7 +233,8 @@ class DataConfig(Section):
     columns: dict[Part, str] = {}
     """Which of the file's columns play which part; what is not named is found by convention."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens per sequence. Longer plain text is cut into windows, longer conversations and inputs at their end."""
+    """Tokens per sequence (seq2seq: of source and target each; choices: of each with its text). Longer plain text is
+    cut into windows, longer conversations and inputs at their end."""
     packing: bool = False
     """Causal LM: several samples in one sequence, each blind to the others, so that little or nothing is padded. The
     optimizer step sees the same samples and computes the same loss; models in which a sample would see another are

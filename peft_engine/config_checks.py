@@ -21,6 +21,8 @@ LABELLED = (*CLASSES, "token-classification")
 """Tasks with class names."""
 TEXT = ("causal-lm", "text-classification", "token-classification", "seq2seq")
 PREFERENCE = ("dpo", "orpo", "kto", "reward")
+TASKS = (*TEXT, "image-classification", *PREFERENCE)
+"""All of `config.TaskName`, for what must not wait for pydantic."""
 TASK_ONLY: dict[str, tuple[str, ...]] = {
     "model.pooling": ("text-classification",),
     "model.new_tokens": ("causal-lm", "seq2seq"),

@@ -104,7 +104,7 @@ def _visit(
                 raise
             if size == 1 or runtime.sharded:
                 raise OutOfMemory(
-                    f"Memory ran out evaluating {len(rows)} {data.longest} at once.",
+                    f"Memory ran out evaluating {len(rows)} {data.largest} at once.",
                     f"Lower evaluation.batch_size or {data.length_setting}.",
                 ) from error
             size = max(1, size // 2)

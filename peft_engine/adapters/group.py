@@ -116,17 +116,6 @@ class Group:
         if member.allocation:
             member.allocation.after_step(step)
 
-    def train(self, mode: bool = True) -> None:
-        """Put the model into training mode. Batch norms keep their pretrained statistics, under every method: what they
-        made of a batch would depend on how a step is cut into micro-batches, and they would drift without a gradient.
-        """
-        self.model.train(mode)
-        for module in self.batch_norms():
-            module.eval()
-
-    def batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-
     def decisions(self) -> dict[str, str]:
         """What was chosen without being asked for, for run.json."""
         frozen = len(self.batch_norms())

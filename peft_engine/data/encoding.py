@@ -77,7 +77,7 @@ class EncodedSet:
         return len(self.rows)
 
     @property
-    def longest(self) -> str:
+    def largest(self) -> str:
         """What the largest row is, for a message about memory."""
         if "pixels" in self.columns:
             height, width = self.columns["pixels"].shape[1:3]
@@ -93,6 +93,13 @@ class EncodedSet:
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)
+
+    @property
+    def longest(self) -> int:
+        """Positions that a model needs for it: those of the longest sequence. Where a sequence is read in parts (source
+        and target, choices), the longest part's, which the task notes per sequence in the column `longest`."""
+        positions = self.columns.get("longest", self.lengths)
+        return int(positions.max()) if len(self) else 0
 
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sequence i, int32 (length,)."""

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from .encoding import EncodedSet
-from .labels import Labels
+from .labels import NOT_LEARNED, Labels
 from .splitting import Split, Splits
 
 SHOWN_DROPPED = 5
@@ -90,7 +90,7 @@ def print_inspection(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     if report["sources"]:
         console.print(_source_table(report["sources"]))
-    if report["labels"] and report["labels"]["kind"] != "regression":
+    if report["labels"] and report["labels"]["names"]:
         console.print(_label_table(parts, report["labels"]["names"]))
     for text in _warnings(report):
         console.print(Text(text))
@@ -113,6 +113,8 @@ def _token_facts(split: Split, data: EncodedSet) -> dict[str, Any]:
     if "supervised" in data.columns:
         learned = int(data.columns["supervised"].sum())
         facts |= {"supervised_tokens": learned, "supervised_share": learned / max(1, tokens)}
+    if "words" in data.columns:
+        facts["words_lost"] = int(data.columns["words"].sum() - (data.columns["word"] >= 0).sum())
     return facts
 
 
@@ -133,7 +135,15 @@ def _label_facts(split: Split, labels: Labels | None) -> dict[str, Any]:
     """Rows per class, in order of the ids; of numbers their range, mean and standard deviation."""
     if labels is None:
         return {}
-    values = [labels.encode(row["label"], where) for row, where in zip(split.examples, split.where, strict=True)]
+    rows = list(zip(split.examples, split.where, strict=True))
+    if labels.kind == "tags":
+        ids = np.concatenate([labels.encode_tags(row["tags"], where) for row, where in rows])
+        counts = np.bincount(ids[ids != NOT_LEARNED], minlength=len(labels.names))
+        words = sum(len(row["tokens"]) for row, _ in rows)
+        return {"label_counts": {n: int(c) for n, c in zip(labels.names, counts, strict=True)}, "words": words}
+    values = [labels.encode(row["label"], where) for row, where in rows]
+    if labels.kind == "choice":
+        return {"places": {str(i): int(n) for i, n in enumerate(np.bincount(np.asarray(values, dtype=np.int64)))}}
     if labels.kind == "regression":
         numbers = np.asarray(values, dtype=np.float64)
         named = {"min": numbers.min(), "mean": numbers.mean(), "max": numbers.max(), "std": numbers.std()}
@@ -192,6 +202,8 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
         ("supervised tokens", with_share("supervised_tokens", "supervised_share")),
         *((f"length {name}", inner("lengths", name)) for name in ("p50", "p90", "p99", "max")),
         ("rows truncated", with_share("truncated", "truncated_share")),
+        ("words", cells("words")),
+        ("words lost by truncation", cells("words_lost")),
         ("rows dropped", cells("dropped")),
         ("rows that repeat an earlier one", cells("duplicates")),
         ("rows without any label", cells("rows_without_label")),
@@ -201,12 +213,13 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _label_table(parts: dict[str, dict[str, Any]], names: list[str]) -> Table:
-    table = Table(title="Rows per label", title_justify="left")
+    unit = "words" if any("words" in facts for facts in parts.values()) else "rows"
+    table = Table(title=f"{unit.capitalize()} per label", title_justify="left")
     table.add_column("label")
     for name in parts:
         table.add_column(name, justify="right")
     for label in names[:SHOWN_LABELS]:
-        counts = [(facts["label_counts"][label], facts["rows"]) for facts in parts.values()]
+        counts = [(facts["label_counts"][label], facts[unit]) for facts in parts.values()]
         table.add_row(Text(_visible(label)), *(f"{n:,} ({n / max(1, rows):.1%})" for n, rows in counts))
     if len(names) > SHOWN_LABELS:
         table.add_row(f"… and {len(names) - SHOWN_LABELS} more", *("" for _ in parts))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config import CleanConfig, Config, SourceConfig
-from ..config_checks import CLASSES
+from ..config_checks import LABELLED
 from ..errors import DataError
 from .cleaning import Dropped, counted, refuse_nothing_left, usable, without_contradictory, without_repeated
 from .drawing import draw, hold_out
@@ -20,7 +20,7 @@ from .duplicates import contradictory, input_key, repeated
 from .formats import Example, Layout, find_layout
 from .image_sources import read_images
 from .images import require_pillow
-from .labels import Labels, find_labels
+from .labels import Labels, find_labels, label_of
 from .mixing import describe_sources, name_of, sources_of
 from .near_duplicates import Near, find_near, method_for
 from .reading import Rows, read_rows
@@ -94,7 +94,7 @@ class Splits:
     layout: Layout
     """Of the training data."""
     labels: Labels | None
-    """Of tasks that have classes."""
+    """Of tasks with classes."""
     report: SplitReport
     digest: str
     """sha256 of all splits' examples in their order; file names don't enter."""
@@ -161,7 +161,7 @@ def load_splits(config: Config) -> Splits:
     held = _given_splits(config, layout)
     dropped = [row for split in (train, *held.values()) for row in split.dropped]
     labels = None
-    if config.task in CLASSES:
+    if config.task in LABELLED:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
     whole = train.examples + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
@@ -326,15 +326,16 @@ def _make_splits(
 
 
 def _classes(split: Split, i: int, labels: Labels | None) -> list[str]:
-    return [] if labels is None else labels.classes(split.examples[i]["label"], split.where[i])
+    return [] if labels is None else labels.classes(label_of(split.examples[i]), split.where[i])
 
 
 def _labels_of_training(train: Split, held: dict[str, Split], found: Labels, config: Config) -> Labels:
     """Labels of the training split alone, having checked that the other splits hold no others."""
-    labels = find_labels(train.examples, train.where.__getitem__, found.kind, config.data.labels)
+    kind = found.kind if found.kind in ("single", "multi", "regression") else "auto"
+    labels = find_labels(train.examples, train.where.__getitem__, kind, config.data.labels)
     for split in held.values():
         for example, where in zip(split.examples, split.where, strict=True):
-            labels.encode(example["label"], where)
+            labels.classes(label_of(example), where)
     return labels
 
 

@@ -127,8 +127,8 @@ class Templated(Protocol):
 
 def probe_tokens(model: nn.Module) -> Batch:
     """Token ids to compare models on: seeded, (4, 24), the last row padded."""
-    settings: Any = model.config
-    size = int(settings.get_text_config().vocab_size)
+    entry: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = int(entry.weight.shape[0])
     ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[-1, 16:] = 0
@@ -161,6 +161,15 @@ def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:
     for line, row in enumerate(rows):
         ids[line, : lengths[line]] = data.tokens(int(row))
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def pad_column(data: EncodedSet, rows: np.ndarray, name: str, fill: int) -> Tensor:
+    """A per-token column of whole numbers, int64 (rows, longest), filled up on the right."""
+    own = [data.token_column(name, int(row)) for row in rows]
+    padded = np.full((len(rows), max(map(len, own))), fill, dtype=np.int64)
+    for line, values in enumerate(own):
+        padded[line, : len(values)] = values
+    return torch.from_numpy(padded)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -24,6 +24,7 @@ from ..data.packing import Packs, lay_out
 from ..errors import DataError
 from ..generation import exact_match, generate_all, prompt_and_answer
 from .base import Batch, pad_tokens, probe_tokens
+from .heads import output_names
 
 IGNORED = -100
 
@@ -41,7 +42,7 @@ class CausalLM:
     def load(self, device: torch.device) -> Backbone:
         model_config = load_settings(self.config.model)
         model, _ = load_model(self.config, AutoModelForCausalLM, model_config, device, _nothing_new)
-        return Backbone(model, _output_names(model), [], "CAUSAL_LM", digest_weights(model))
+        return Backbone(model, output_names(model), [], "CAUSAL_LM", digest_weights(model))
 
     def fingerprint(self) -> dict[str, Any]:
         data = self.config.data
@@ -229,8 +230,3 @@ def _turns(asked: str) -> Literal["assistant", "last", "all"]:
 
 def _nothing_new(model: PreTrainedModel, name: str) -> bool:
     return False
-
-
-def _output_names(model: PreTrainedModel) -> list[str]:
-    output = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is output]

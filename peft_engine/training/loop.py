@@ -193,7 +193,7 @@ class Loop:
         packed = f", in packs of up to {packing.tokens} tokens," if packing else ""
         first = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
         return OutOfMemory(
-            f"Memory ran out with {size} {self.data.longest}{packed} at once: {str(error).splitlines()[0]}",
+            f"Memory ran out with {size} {self.data.largest}{packed} at once: {str(error).splitlines()[0]}",
             f"Lower {first} or {self.data.length_setting}, set training.gradient_checkpointing: true, or adapt less.",
         )
 

@@ -21,6 +21,8 @@ from ..tasks.base import Batch, Task, collated, to_device
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two rows share a number
 
+PLACES_APART = 0x2545F4914F6CDD1D  # between the seeds of two samples of one row
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -69,7 +71,9 @@ def gradients(
         held = collated(task, data, rows, seed)
         batch = to_device(held, runtime.device)
         if group.rows is not None:
-            group.rows.seeds = sample_seeds(seed, rows).to(runtime.device)
+            seeds = sample_seeds(seed, rows).to(runtime.device)
+            # a row that is read several times (choices) has as many samples
+            group.rows.seeds = seeds[batch["row"]] + batch["place"] * PLACES_APART if "place" in batch else seeds
         with _noise(group, data, batch, held, rows, seed):  # also over backward: a replay needs it again
             with accelerator.autocast():
                 loss = task.training_loss(group.model, batch) / units
