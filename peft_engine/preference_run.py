@@ -24,8 +24,8 @@ from .config import Config
 from .data.splitting import Split
 from .errors import ConfigError, Diverged, EngineError, OutOfMemory
 from .meters.memory import LiveBytes
-from .run import Run
 from .runtime import seed_everything
+from .session import Run
 from .training.guards import check_gradients, is_out_of_memory
 from .training.optim import make_schedule, set_learning_rate
 from .training.state import Trainee

@@ -286,7 +286,7 @@ REMOVALS = (
       "nan_stops_the_run_with_the_last_good_weights"),
     R("25", "training/guards.py", "if not torch.isfinite(task.loss(logits, batch)):", "if True:",
       "a_gradient_that_is_not_finite_stops_it_too nan_stops_the_run_with_the_last_good_weights"),
-    R("25", "run.py", 'self.directory.write_json("failure.json", record)', "None",
+    R("25", "session.py", 'self.directory.write_json("failure.json", record)', "None",
       "at_the_first_step_there_is_nothing_to_keep"),
     # 26
     R("26", "data/splitting.py", "        if not hits:\n            kept.append(i)\n",
