@@ -117,6 +117,14 @@ def test_train_predict_and_export(family, models, images, tmp_path):
     ours = np.array([[row["probabilities"][name] for name in CLASSES] for row in rows])
     np.testing.assert_allclose(ours, torch.softmax(logits, -1).numpy(), atol=1e-4)
     assert {row["predicted"] for row in rows} <= set(CLASSES)
+    for folder in (Path(chosen.output) / "adapter", merged):  # what the cards say works
+        snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict[str, Any] = {}
+        exec(snippet.replace("THIS_FOLDER", str(folder)).replace("some.png", str(files[5])), names)
+        np.testing.assert_allclose(ours[5], torch.softmax(names["logits"], -1)[0].numpy(), atol=1e-4)
+    skipped = set(summary["kernels"]["skipped"].values())
+    assert skipped == (set() if family == "vit" else {"peft's Conv2d has no fused form"})
+    assert (family == "vit") == any("lora" in name for name in summary["kernels"]["swapped"])
     assert [model.config.id2label[i] for i in range(3)] == list(CLASSES)
 
 
