@@ -1,5 +1,6 @@
 """Image classification end to end on tiny random models, against plain transformers and its own processors."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,20 @@ def test_loss_and_gradients_are_plain_transformers(models, assembled, images):
     want.backward()
     assert loss == pytest.approx(float(want.detach()), rel=1e-6)
     assert farthest({name: p.grad for name, p in plain.named_parameters()}, grads) <= 1e-5
+
+
+def test_class_weights_weigh_the_loss(assembled):
+    made = assembled("vit", data=AUGMENTED)
+    weights = torch.tensor([0.5, 2.0, 1.25])
+    labels = torch.from_numpy(made.data["train"].columns["label"]).long()
+    columns = {**made.data["train"].columns, "weight": weights[labels].numpy()}
+    weighted = dataclasses.replace(made.data["train"], columns=columns)
+    rows = np.arange(7)
+    batch = made.task.collate(*weighted.drawn(rows, 1))
+    logits = made.task.forward(made.group.model, batch).detach()
+    want = F.cross_entropy(logits, labels[:7], weight=weights, reduction="sum")
+    torch.testing.assert_close(made.task.loss(logits, batch), want)
+    assert "weight" not in made.task.collate(made.data["train"], rows)
 
 
 def test_a_new_head_gets_a_small_dropout_an_old_one_keeps_its_own(models, images, tmp_path, assembled):
