@@ -18,7 +18,6 @@ from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, near_key, repeated
 from .formats import Example, Layout, find_layout, to_examples
 from .image_sources import read_images
-from .images import require_pillow
 from .labels import Labels, find_labels
 from .reading import Rows, read_rows
 
@@ -91,10 +90,7 @@ def load_one(source: str, config: Config, *, need_label: bool, default_split: st
 
 
 def _load(source: str, config: Config, need_label: bool, default_split: str) -> tuple[Split, Rows, Layout]:
-    rows = None
-    if config.task == "image-classification":
-        require_pillow()
-        rows = read_images(source, need_label)
+    rows = read_images(source, config.task, need_label)
     rows = rows or read_rows(source, subset=config.data.subset, default_split=default_split)
     columns: dict[str, str] = dict(config.data.columns.items())
     layout = find_layout(rows, config.task, columns, need_label=need_label)
