@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from .adapters.files import save_adapter
 from .adapters.group import Group, Member
+from .adapters.peft_methods import trim_prompts
 from .backbone import embeddings_of
 from .config import Config
+from .config_methods import BOTTLENECK
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
@@ -88,10 +90,10 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         ConfigError: the method is not peft's.
         VerificationError: they differ beyond the bound.
     """
-    if group.method != "lora":
+    if not isinstance(group.model, PeftModel):
         raise ConfigError(
             f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
-            "Use export --merged.",
+            "Its files load in this engine." if config.adapter.method in BOTTLENECK else "Use export --merged.",
         )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
@@ -103,6 +105,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         dtype=group.backbone.model.dtype,
     )
     plain = PeftModel.from_pretrained(base.to(next(group.model.parameters()).device), str(folder))
+    trim_prompts(plain)
     return _judge(trained, _logits(plain, batch, task.plain_logits), group, "The adapter loaded in plain peft")
 
 
@@ -114,6 +117,12 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     Raises:
         VerificationError: the reloaded model differs beyond the bound for its dtype.
     """
+    if config.adapter.method in BOTTLENECK:
+        raise ConfigError(
+            f"adapter.method: a {config.adapter.method} adapter is a network between the layers; it can't be folded "
+            "into the weights.",
+            "Export it without --merged, or train lora.",
+        )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
     model: Any = group.model
@@ -144,7 +153,7 @@ def _merge(model: PeftModel) -> Any:
     try:
         merge: Any = model.merge_and_unload
         return merge(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
 
 

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from ..errors import DataError
 from .formats import Example
+from .mixing import Mixture
 from .splitting import Split
 from .stacking import Stack, note, open_mapped
 
@@ -52,11 +53,12 @@ class EncodedSet:
     Attributes:
         input_ids: int32 (total_tokens,).
         offsets: int64 (sequences + 1,).
-        units: int64 (sequences,), see `EncodedRow`.
+        units: int64 (sequences,), see `EncodedRow`; float64 where the training loss is weighted.
         rows: int64 (sequences,), index of the source row.
         columns: each (total_tokens,) or (sequences, ...).
         dropped: source rows that teach nothing after truncation, with the reason.
         truncated: number of source rows that lost tokens.
+        mixture: of a training split from several sources; None where each row is seen once per epoch.
         change: augmentation of a training split (set, rows, seed of member and step) → a set of these rows alone, in
             this order; None changes nothing. It depends on nothing but its arguments, row by row.
     """
@@ -68,13 +70,14 @@ class EncodedSet:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: list[tuple[int, str]] = field(default_factory=list)
     truncated: int = 0
+    mixture: Mixture | None = None
     change: "Change | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def longest(self) -> str:
+    def largest(self) -> str:
         """What the largest row is, for a message about memory."""
         if "pixels" in self.columns:
             height, width = self.columns["pixels"].shape[1:3]
@@ -82,9 +85,21 @@ class EncodedSet:
         return f"sequence(s) of up to {int(self.lengths.max())} tokens"
 
     @property
+    def length_setting(self) -> str:
+        """The setting that makes rows smaller."""
+        return "data.image_size" if "pixels" in self.columns else "data.max_length"
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)
+
+    @property
+    def longest(self) -> int:
+        """Positions that a model needs for it: those of the longest sequence. Where a sequence is read in parts (source
+        and target, choices), the longest part's, which the task notes per sequence in the column `longest`."""
+        positions = self.columns.get("longest", self.lengths)
+        return int(positions.max()) if len(self) else 0
 
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sequence i, int32 (length,)."""
