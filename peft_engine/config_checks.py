@@ -147,7 +147,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for name, reason in inapplicable(values).items():
         if lookup(given, name) not in NEUTRAL:
             faults.append(Fault(tuple(name.split(".")), reason))
-    for check in (_empty_text, _splits, _labels, _targets, _patterns, _steps, _budget):
+    for check in (_empty_text, _splits, _labels, _targets, _patterns, _steps, _budget, _parallel):
         faults.extend(check(values))
     if lookup(values, "adapter.method") == "lora":
         faults.extend(_options(values))
@@ -253,6 +253,18 @@ def _steps(values: Tree) -> Iterator[Fault]:
 def _budget(values: Tree) -> Iterator[Fault]:
     if lookup(values, "budget.max_usd") is not None and not lookup(values, "budget.usd_per_hour"):
         yield Fault(("budget", "max_usd"), "needs budget.usd_per_hour, the price of this machine")
+
+
+def _parallel(values: Tree) -> Iterator[Fault]:
+    """What FSDP2 can't share out."""
+    if lookup(values, "training.parallel") != "fsdp":
+        return
+    path = ("training", "parallel")
+    if lookup(values, "adapter.method") == "full":
+        yield Fault(path, "fsdp shares out frozen weights, and adapter.method full trains all; write ddp")
+    for name, plain in (("model.quantization", "none"), ("model.frozen_compute", "full")):
+        if lookup(values, name) not in (None, plain):
+            yield Fault(path, f"fsdp shares out weights as they are stored, and {name} changes them; write ddp")
 
 
 def _options(values: Tree) -> Iterator[Fault]:

@@ -29,6 +29,7 @@ FREE_ON_RESUME = {
     "evaluation",
     "data.cache",
     "training.micro_batch_size",
+    "training.parallel",
     "training.log_every",
     "training.save_every",
     "training.save_total_limit",

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..errors import ConfigError
 from ..runtime import Runtime
 from .group import Group
 
@@ -27,14 +26,10 @@ def shard(group: Group, runtime: Runtime) -> None:
     Each block of the model (an entry of an outermost ModuleList) is a unit: gathered before it runs, let go after.
     What stands outside of them (embeddings, the head) is one more unit, whole from the start of forward to the end of
     backward.
-
-    Raises:
-        ConfigError: nothing is frozen.
     """
     model: Any = group.backbone.model
     kept = {parameter for member in group.members for parameter in member.tensors.values()}
-    if all(parameter in kept for parameter in model.parameters()):
-        raise ConfigError("training.parallel: fsdp shards frozen weights, and all weights train.", "Set it to ddp.")
+    assert any(parameter not in kept for parameter in model.parameters()), "refused by config_checks"
     for parameter in kept:
         parameter.data = parameter.data.to(runtime.device)
     mesh = init_device_mesh(runtime.device.type, (runtime.world,))
