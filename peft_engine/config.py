@@ -338,7 +338,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Exponential moving average of the trained weights; evaluations and the saved adapter use the average."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: `ddp` holds the backbone on each, `fsdp` shards it (FSDP2)."""
+    """With several processes: `ddp` holds the backbone on each, `fsdp` shares its frozen weights out (FSDP2)."""
     deterministic: bool = True
     """Same bits on the same machine, versions, threads and number of processes."""
 

@@ -149,6 +149,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _budget,
         _packing,
         _attention,
+        _parallel,
     ):
         faults.extend(check(values))
     faults.extend(_options(values))
@@ -324,6 +325,18 @@ def _packing(values: Tree) -> Iterator[Fault]:
     packing = lookup(values, "data.packing")
     if lookup(values, "data.pack_tokens") is not None and not packing:
         yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
+
+
+def _parallel(values: Tree) -> Iterator[Fault]:
+    """What FSDP2 can't share out."""
+    if lookup(values, "training.parallel") != "fsdp":
+        return
+    path = ("training", "parallel")
+    if lookup(values, "adapter.method") == "full":
+        yield Fault(path, "fsdp shares out frozen weights, and adapter.method full trains all; write ddp")
+    for name, plain in (("model.quantization", "none"), ("model.frozen_compute", "full")):
+        if lookup(values, name) not in (None, plain):
+            yield Fault(path, f"fsdp shares out weights as they are stored, and {name} changes them; write ddp")
 
 
 def _attention(values: Tree) -> Iterator[Fault]:

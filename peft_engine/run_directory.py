@@ -40,6 +40,7 @@ FREE_ON_RESUME = {
     "report_to",
     "data.cache",
     "training.micro_batch_size",
+    "training.parallel",
     "training.log_every",
     "training.save_every",
     "training.save_total_limit",

@@ -177,6 +177,14 @@ def _device(asked: str) -> tuple[str, str]:
     return next((name, "auto: first of cuda, mps, cpu that is there") for name, is_there in there.items() if is_there)
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc return to the kernel what is free now, in every thread's heap."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
 def device_of(config: Config) -> str:
     """The kind of device that `device` means here."""
     return _device(config.device)[0]

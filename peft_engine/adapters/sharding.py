@@ -5,7 +5,6 @@ without sharding, checkpoints and adapters are written from plain tensors (trap 
 number of processes.
 """
 
-import ctypes
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..errors import ConfigError
-from ..runtime import Runtime
+from ..runtime import Runtime, give_back_freed_memory
 from .group import Group
 
 
@@ -27,14 +25,10 @@ def shard(group: Group, runtime: Runtime) -> None:
     Each block of the model (an entry of an outermost ModuleList) is a unit: gathered before it runs, let go after.
     What stands outside of them (embeddings, the head) is one more unit, whole from the start of forward to the end of
     backward.
-
-    Raises:
-        ConfigError: nothing is frozen.
     """
     model: Any = group.backbone.model
     kept = {parameter for member in group.members for parameter in member.tensors.values()}
-    if all(parameter in kept for parameter in model.parameters()):
-        raise ConfigError("training.parallel: fsdp shards frozen weights, and all weights train.", "Set it to ddp.")
+    assert any(parameter not in kept for parameter in model.parameters()), "refused by config_checks"
     for parameter in kept:
         parameter.data = parameter.data.to(runtime.device)
     mesh = init_device_mesh(runtime.device.type, (runtime.world,))
@@ -44,7 +38,7 @@ def shard(group: Group, runtime: Runtime) -> None:
     fully_shard(model, mesh=mesh, ignored_params=kept)
     model.to(runtime.device)  # buffers that stand outside of every unit
     gc.collect()
-    _give_back()
+    give_back_freed_memory()
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -75,11 +69,3 @@ def held_bytes(model: nn.Module) -> int:
         storage = own_part(tensor.detach()).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def _give_back() -> None:
-    """Let glibc return what the whole weights took (the engine tells it to keep what is freed)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        return

@@ -16,7 +16,7 @@ from ..config import Config
 from ..data.encoding import EncodedSet
 from ..errors import Diverged, OutOfMemory
 from ..meters.memory import LiveBytes
-from ..runtime import Runtime, combine, seed_everything
+from ..runtime import Runtime, combine, give_back_freed_memory, seed_everything
 from ..tasks.base import Task
 from .ema import averaged
 from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
@@ -114,6 +114,8 @@ class Loop:
             self._update(trainee)
             self.group.after_step(trainee.member, step)
         trainee.optimizer.zero_grad(set_to_none=True)
+        if self.runtime.sharded and self.runtime.device.type == "cpu":
+            give_back_freed_memory()  # gathered layers come and go in several threads, whose heaps would only grow
         trainee.step = step
         updated = factor > 0 and math.isfinite(norm)  # the fp16 scaler skips a step whose gradient overflowed
         trainee.updates += updated

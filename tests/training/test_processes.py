@@ -236,7 +236,7 @@ def test_the_command_starts_watches_and_stops_its_processes(tiny_model, tmp_path
     began = time.monotonic()
     os.kill(int(second), signal.SIGKILL)
     _, err = child.communicate(timeout=60)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25  # those that hang are killed after 30
     assert child.returncode == 1, err
     assert "Process 1 was ended by SIGKILL" in err
     assert "Traceback" not in err
