@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters.fusing import fuse, row_seeds
 from .adapters.data_start import DataStart
+from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .adapters.new_rows import with_new_tokens

@@ -110,7 +110,7 @@ def start_lora_ga(backbone: Backbone, settings: LoraConfig, start: DataStart, sp
 
     def run() -> None:
         for batch, units in islice(start.batches(spec.seed, 0), GRADIENT_BATCHES):
-            (start.loss(model, batch) / units).backward()  # type: ignore[no-untyped-call]
+            (start.loss(model, batch) / units).backward()
 
     try:
         preprocess_loraga(model, settings, run)

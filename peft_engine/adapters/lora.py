@@ -113,7 +113,9 @@ def _refuse_parameters(backbone: Backbone, asked: AdapterConfig) -> None:
     names = [name for name, _ in backbone.model.named_parameters()]
     for ending in wanted:
         if not any(name == ending or name.endswith(f".{ending}") for name in names):
-            near = get_close_matches(ending, {n.split(".", 1)[-1] for n in names} | {n.rpartition(".")[2] for n in names})
+            near = get_close_matches(
+                ending, {n.split(".", 1)[-1] for n in names} | {n.rpartition(".")[2] for n in names}
+            )
             raise ConfigError(
                 f"adapter.options.target_parameters: {ending!r} matches no parameter of this model.",
                 f"Nearest: {', '.join(near)}." if near else "Name parameters such as mlp.experts.gate_up_proj.",

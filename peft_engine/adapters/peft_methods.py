@@ -169,6 +169,11 @@ def refuse_failing(group: Group, forward: Callable[[nn.Module], Any]) -> None:
 def _refuse_shared(method: str, members: list[Member]) -> None:
     seen: dict[int, str] = {}
     for member in members:
+        if member.tensors.keys() != members[0].tensors.keys():  # peft's lily gives a second adapter other sharing
+            raise ConfigError(
+                f"adapter.method: peft gives a second adapter of {method} other tensors than the first.",
+                "Use lora for a group, or run the members one by one.",
+            )
         for name, tensor in member.tensors.items():
             if seen.setdefault(id(tensor), member.spec.name) != member.spec.name:
                 raise ConfigError(
