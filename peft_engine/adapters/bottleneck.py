@@ -10,7 +10,6 @@ the MLP; what comes before the MLP and ends in the same width is attention. The 
 adapter as a submodule, so that hooks, gradient checkpointing and the names of the model's own tensors stay.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..backbone import LINEAR_TYPES, Backbone
 from ..config import AdapterConfig, Config
 from ..errors import ConfigError
 from ..runtime import seed_everything
+from .fusing.state import once_each
 from .group import Group, Member, MemberSpec, initialise
 from .targets import find_modules_to_save, in_layers
 
@@ -183,6 +183,6 @@ def _insert(model: nn.Module, name: str, layer: Layer, settings: dict[str, Any])
     place.__class__ = _subclass(BesideMLP, type(place))
 
 
-@functools.cache
+@once_each
 def _subclass(mixin: Any, cls: Any) -> Any:
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})

@@ -76,8 +76,8 @@ def peft_method(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> 
 
 def refusal(method: str, error: Exception) -> ConfigError:
     """peft's own words as an error of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"adapter.method: peft refuses {method} here: {text}", "Correct the adapter section.")
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ConfigError(f"adapter.method: peft refuses {method} here: {text}.", "Correct the adapter section.")
 
 
 def peft_settings(backbone: Backbone, config: Config) -> tuple[PeftConfig, list[str]]:
