@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "errors",
     "config_methods",
+    "config_options",
     "config_checks",
     "config",
     "config_names",
@@ -23,6 +24,7 @@ ORDER = (
     "config_reading",
     "runtime",
     "meters",
+    "vocabulary",
     "backbone",
     "data",
     "adapters",
