@@ -14,7 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from asset_recipes import CASSETTE, Asset, Contents, Package, write_rows
+from asset_recipes import BIGBENCH, CASSETTE, TASKS, Asset, Contents, Package, write_rows
 
 FILES = {"a": 44, "b": 27, "c": 17, "d": 17, "e": 36, "f": 48, "g": 75, "h": 30, "j": 80, "k": 29, "l": 24, "m": 6} | {
     "n": 29, "p": 29, "r": 9,

@@ -215,7 +215,6 @@ def main() -> int:
     parser.add_argument("--more", action="store_true", help="all of them")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
     arguments = parser.parse_args()
-    chosen = MORE if arguments.more else ASSETS
     if arguments.list:
         for asset in by_name.values():
             state = "ready" if is_ready(asset, ROOT) else "missing"

@@ -142,6 +142,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _augment,
         _targets,
         _layers,
+        _new_tokens,
         _patterns,
         _selection,
         _start_from,
@@ -269,6 +270,17 @@ def _layers(values: Tree) -> Iterator[Fault]:
         yield Fault(("adapter", "layers"), "names no layer; null adapts all")
     if isinstance(layers, Mapping) and (layers.get("first") is None) == (layers.get("last") is None):
         yield Fault(("adapter", "layers"), "expected either first or last, such as {last: 6}")
+
+
+def _new_tokens(values: Tree) -> Iterator[Fault]:
+    tokens, method, path = lookup(values, "model.new_tokens"), lookup(values, "adapter.method"), ("model", "new_tokens")
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    if twice:
+        yield Fault(path, f"got {', '.join(twice)} more than once")
+    if tokens and method not in ("lora", "full"):
+        yield Fault(path, f"{method} would not train their rows; use adapter.method lora or full")
+    if tokens and "trainable_token_indices" in (lookup(values, "adapter.options") or {}):
+        yield Fault(path, "sets adapter.options.trainable_token_indices itself; remove one of the two")
 
 
 def _patterns(values: Tree) -> Iterator[Fault]:

@@ -14,7 +14,8 @@ import pytest
 
 import assets as fetcher
 from asset_recipes import ASSETS, Asset, Package, convert_e2e_nlg, convert_past_tense, convert_sarcasm
-from asset_recipes_text import MORE, convert_brown, convert_vitaminc, universal_tag
+from asset_recipes_text import convert_brown, convert_vitaminc, universal_tag
+from assets import MORE
 
 ROWS = b'{"a": 1}\n{"a": 2}\n'
 

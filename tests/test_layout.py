@@ -25,6 +25,7 @@ ORDER = (
     "processes",
     "runtime",
     "meters",
+    "vocabulary",
     "backbone",
     "data",
     "adapters",
