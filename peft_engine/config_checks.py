@@ -4,6 +4,7 @@
 reported together.
 """
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ LABELLED = (*CLASSES, "token-classification")
 """Tasks with class names."""
 TEXT = ("causal-lm", "text-classification", "token-classification", "seq2seq")
 PREFERENCE = ("dpo", "orpo", "kto", "reward")
+TASKS = (*TEXT, "image-classification", *PREFERENCE)
+"""All of `config.TaskName`, for what must not wait for pydantic."""
 TASK_ONLY: dict[str, tuple[str, ...]] = {
     "model.pooling": ("text-classification",),
     "model.new_tokens": ("causal-lm", "seq2seq"),
@@ -41,6 +44,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.columns.completion": ("causal-lm", "kto"),
     "data.columns.chosen": ("dpo", "orpo", "reward"),
     "data.columns.rejected": ("dpo", "orpo", "reward"),
+    "data.max_length": (*TEXT, *PREFERENCE),
     "data.supervise": ("causal-lm",),
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),
@@ -52,6 +56,10 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
     "evaluation.num_beams": ("seq2seq",),
     "preference": PREFERENCE,
+    "training.neftune_alpha": TEXT,
+    "training.ema_decay": (*TEXT, "image-classification"),
+    "training.trainable": (*TEXT, "image-classification"),
+    "training.frozen": (*TEXT, "image-classification"),
 }
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
@@ -125,7 +133,25 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for name, reason in inapplicable(values).items():
         if lookup(given, name) not in NEUTRAL:
             faults.append(Fault(tuple(name.split(".")), reason))
-    for check in (_empty_text, _splits, _labels, _targets, _layers, _new_tokens, _patterns, _steps, _budget):
+    for check in (
+        _empty_text,
+        _splits,
+        _labels,
+        _sources,
+        _class_weights,
+        _augment,
+        _targets,
+        _layers,
+        _new_tokens,
+        _patterns,
+        _selection,
+        _start_from,
+        _steps,
+        _budget,
+        _packing,
+        _attention,
+        _parallel,
+    ):
         faults.extend(check(values))
     faults.extend(_options(values))
     return faults
@@ -184,6 +210,43 @@ def _labels(values: Tree) -> Iterator[Fault]:
         yield Fault(("data", "labels"), "regression has no classes; remove it, or set data.label_type: single")
 
 
+def _sources(values: Tree) -> Iterator[Fault]:
+    train = lookup(values, "data.train")
+    paths = train_sources(values) if isinstance(train, list) else []
+    task = lookup(values, "task")
+    for i, part in enumerate(train if isinstance(train, list) and task in PREFERENCE else []):
+        if isinstance(part, Mapping) and part.get("weight", 1.0) != 1.0:
+            told = f"applies to the tasks that train in our own loop, and the task is {task}; remove it"
+            yield Fault(("data", "train", i, "weight"), told)
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            text = f"got {path} a second time; name it once, with a weight"
+            yield Fault(("data", "train", i, "path"), text)
+
+
+def _class_weights(values: Tree) -> Iterator[Fault]:
+    path, weights = ("data", "class_weights"), lookup(values, "data.class_weights")
+    kind, labels = lookup(values, "data.label_type"), lookup(values, "data.labels")
+    if weights == "none" or weights is None:
+        return
+    if kind in ("multi", "regression"):
+        yield Fault(path, f"weighs rows of one class each, and data.label_type is {kind}; remove it")
+    elif isinstance(weights, Mapping):
+        names = [str(label) for label in labels or []]
+        for name in weights:
+            if names and name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:10])}"
+                yield Fault((*path, name), f"is no class of data.labels; {hint}")
+
+
+def _augment(values: Tree) -> Iterator[Fault]:
+    text = lookup(values, "data.augment.text")
+    if text and any(text.values()) and lookup(values, "data.packing"):
+        told = "changes lengths, and data.packing lays sequences out by them; leave one of the two out"
+        yield Fault(("data", "augment", "text"), told)
+
+
 def _targets(values: Tree) -> Iterator[Fault]:
     targets, path = lookup(values, "adapter.targets"), ("adapter", "targets")
     if not targets:
@@ -226,6 +289,25 @@ def _patterns(values: Tree) -> Iterator[Fault]:
             yield from _regex(("adapter", name, pattern), pattern)
 
 
+def _selection(values: Tree) -> Iterator[Fault]:
+    for name in ("trainable", "frozen"):
+        for number, pattern in enumerate(lookup(values, f"training.{name}") or ()):
+            yield from _regex(("training", name, number), pattern)
+    if lookup(values, "training.trainable") == []:
+        yield Fault(("training", "trainable"), "got an empty list, which would train nothing; null trains all")
+
+
+def _start_from(values: Tree) -> Iterator[Fault]:
+    init = lookup(values, "adapter.init")
+    if lookup(values, "adapter.start_from") is not None and str(init).startswith(("pissa", "olora")):
+        yield Fault(
+            ("adapter", "start_from"),
+            f"can't be combined with adapter.init {init}, which begins at weights of its own and moves them out of the "
+            "frozen ones; remove init (a run that used it is saved as an adapter of twice its rank for the original "
+            "weights: take adapter.rank and adapter.alpha from r and lora_alpha of its adapter_config.json)",
+        )
+
+
 def _regex(path: KeyPath, pattern: str) -> Iterator[Fault]:
     try:
         re.compile(pattern)
@@ -249,6 +331,34 @@ def _steps(values: Tree) -> Iterator[Fault]:
 def _budget(values: Tree) -> Iterator[Fault]:
     if lookup(values, "budget.max_usd") is not None and not lookup(values, "budget.usd_per_hour"):
         yield Fault(("budget", "max_usd"), "needs budget.usd_per_hour, the price of this machine")
+
+
+def _packing(values: Tree) -> Iterator[Fault]:
+    packing = lookup(values, "data.packing")
+    if lookup(values, "data.pack_tokens") is not None and not packing:
+        yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
+
+
+def _parallel(values: Tree) -> Iterator[Fault]:
+    """What FSDP2 can't share out."""
+    if lookup(values, "training.parallel") != "fsdp":
+        return
+    path = ("training", "parallel")
+    if lookup(values, "adapter.method") == "full":
+        yield Fault(path, "fsdp shares out frozen weights, and adapter.method full trains all; write ddp")
+    for name, plain in (("model.quantization", "none"), ("model.frozen_compute", "full")):
+        if lookup(values, name) not in (None, plain):
+            yield Fault(path, f"fsdp shares out weights as they are stored, and {name} changes them; write ddp")
+
+
+def _attention(values: Tree) -> Iterator[Fault]:
+    if lookup(values, "model.attention") != "flash_attention_2":
+        return
+    device, precision, dtype = (lookup(values, n) for n in ("device", "training.precision", "model.dtype"))
+    if device not in ("auto", "cuda"):
+        yield Fault(("model", "attention"), f"flash_attention_2 runs on CUDA only, and device is {device}; write sdpa")
+    elif precision == "fp32" and dtype in ("auto", "float32"):
+        yield Fault(("model", "attention"), "flash_attention_2 computes in 16 bits; set training.precision: bf16")
 
 
 def _options(values: Tree) -> Iterator[Fault]:

@@ -15,6 +15,8 @@ from peft_engine.config_names import ADVICE, EXPECTED, KEYS, NOT_YET, VALUES
 from peft_engine.config_yaml import Origin, show
 
 Schema = dict[str, Any]
+MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float)|[A-Z]\w*Config)$")
+"""pydantic's names of union members."""
 
 
 @functools.cache
@@ -120,7 +122,7 @@ def got(value: Any, origin: Origin | None) -> str:
 def wrong_value(path: KeyPath, value: Any, origin: Origin | None) -> str:
     """The text for a value of the wrong type or out of bounds."""
     schema, name = at(path) or {}, dotted(path)
-    asked = EXPECTED.get(name) or expected(schema)
+    asked = EXPECTED.get(re.sub(r"\[\d+\]", "[]", name)) or expected(schema)
     word = (show(value) if not isinstance(value, str) else value).lower()
     if word in NOT_YET.get(name, "").split():
         return f"{got(value, origin)}, which is not in this version; this version has {asked.removeprefix('one of ')}"
@@ -230,15 +232,18 @@ def _own_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, bool]:
     """pydantic's location without its names of union members; whether the key itself is the fault."""
     path: list[str | int] = []
     schema: Schema | None = full_schema()
-    skipped = False
+    named = False  # the union's member was just named
     for part in loc:
         if part == "[key]":
             return tuple(path), True
+        if isinstance(part, str) and MEMBER.match(part) and not named and schema and "anyOf" in schema:
+            named = True
+            continue
+        named = False
         below = child(schema, part) if schema is not None else None
-        choices = [c for c in (schema or {}).get("anyOf", ()) if c.get("type") != "null"]
-        if below is None and len(choices) > 1 and isinstance(part, str) and not skipped:
-            skipped = True
+        union = schema is not None and "anyOf" in resolve(schema)
+        if below is None and union and isinstance(part, str):
             continue
         path.append(part)
-        schema, skipped = below, False
+        schema = below
     return tuple(path), False

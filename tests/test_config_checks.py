@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from peft_engine.config_checks import TASK_ONLY
+from peft_engine.config_checks import TASK_ONLY, _parallel
 from peft_engine.config_reading import load_config
 from peft_engine.config_yaml import parse
 from peft_engine.errors import ConfigError
@@ -189,3 +189,14 @@ def test_checks_see_past_other_faults() -> None:
         "budget.usd_per_hour",
         "budget.max_usd",
     ]
+
+
+def test_what_fsdp_can_not_share_out() -> None:
+    assert not faults("causal-lm", training="{parallel: fsdp}")
+    assert not faults("causal-lm", training="{parallel: ddp}", adapter="{method: full}")
+    (found,) = faults("causal-lm", training="{parallel: fsdp}", adapter="{method: full}")
+    assert found == ("training.parallel: fsdp shares out frozen weights, and adapter.method full trains all; write ddp")
+    values = {"training": {"parallel": "fsdp"}, "model": {"quantization": "nf4", "frozen_compute": "int8"}}
+    texts = [fault.text for fault in _parallel(values)]
+    assert ["model.quantization" in text for text in texts] == [True, False]
+    assert ["model.frozen_compute" in text for text in texts] == [False, True]

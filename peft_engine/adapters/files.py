@@ -53,7 +53,7 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Pe
     if not isinstance(group.model, PeftModel):
         base = group.backbone.model.config._name_or_path
         settings = {"format": TENSORS_FORMAT, "method": group.method, "base_model_name_or_path": base}
-        return dict(member.tensors), settings | group.settings
+        return dict(member.all_tensors()), settings | group.settings
     name = member.spec.name
     if member.allocation:
         member.allocation.settle()
@@ -61,12 +61,13 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Pe
     config: PeftConfig = deepcopy(group.model.peft_config[name])
     config.inference_mode = True
     if not config.is_prompt_learning:  # of those peft writes the prompts that their encoder makes, not the encoder
+        own = member.all_tensors()
         held = {t.data_ptr() for t in tensors.values()}
         resized = set(tensors) if member.allocation else set()  # without the ranks that AdaLoRA took away
-        lost = [k for k, t in member.tensors.items() if t.data_ptr() not in held and t.numel() and k not in resized]
+        lost = [k for k, t in own.items() if t.data_ptr() not in held and t.numel() and k not in resized]
         if lost:
             raise VerificationError(
-                f"peft would leave {len(lost)} of {len(member.tensors)} trained tensors out, {lost[0]} first.",
+                f"peft would leave {len(lost)} of {len(own)} tensors out, {lost[0]} first.",
                 "Report this with the config.",
             )
     if member.allocation:
@@ -78,12 +79,12 @@ def adapter_content(group: Group, member: Member) -> tuple[dict[str, Tensor], Pe
     return tensors, config
 
 
-def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
-    """The backbone with the adapter of `folder`, as a group of one.
+def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of an adapter folder.
 
     Raises:
-        ConfigError: no adapter there, or it is another method's.
-        StorageError: the file can't be read, or its tensors are not exactly those of this model and method.
+        ConfigError: no adapter there.
+        StorageError: its files can't be read.
     """
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
         raise ConfigError(
@@ -103,6 +104,17 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
         raise StorageError(
             f"{folder / name} can't be read: {error.strerror or error}.", "Check who may read the run's files."
         ) from error
+    return tensors, settings
+
+
+def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
+    """The backbone with the adapter of `folder`, as a group of one.
+
+    Raises:
+        ConfigError: no adapter there, or it is another method's.
+        StorageError: the file can't be read, or its tensors are not exactly those of this model and method.
+    """
+    tensors, settings = read_adapter(folder)
     spec = MemberSpec("default", config.training.seed, config.training.learning_rate)
     if settings.get("format") == TENSORS_FORMAT:
         group = adapt(backbone, config, [spec])

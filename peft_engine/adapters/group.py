@@ -18,6 +18,7 @@ from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
 from .adalora import RankAllocation
 from .fusing import FuseReport, RowSeeds
+from .neftune import Neftune
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,19 @@ class Member:
     """A member's trainable tensors, by names that do not hold the member's own name.
 
     `initial` holds the start of A and B where the method moved their product out of the frozen weight (PiSSA, OLoRA,
-    LoRA-GA). `allocation` is AdaLoRA's.
+    LoRA-GA). `kept` holds the method's tensors that `training.trainable` and `training.frozen` take out of training;
+    they are saved with the others. `allocation` is AdaLoRA's.
     """
 
     spec: MemberSpec
     tensors: dict[str, nn.Parameter]
     initial: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, nn.Parameter] = field(default_factory=dict)
     allocation: RankAllocation | None = None
+
+    def all_tensors(self) -> dict[str, nn.Parameter]:
+        """All that the method adds or owns, trained or not: what an adapter file holds."""
+        return {**self.tensors, **self.kept}
 
 
 @dataclass
@@ -59,6 +66,8 @@ class Group:
         fused: what `fuse` did to the model; None with `kernels: off`.
         settings: what, beside shapes, decides what an adapter of our own computes; kept with its file.
         rows: names the samples of a batch to the fused model's dropout.
+        noise: on the input embeddings in training, None without NEFTune.
+        started_from: what `adapter.start_from` gave, for the record.
     """
 
     backbone: Backbone
@@ -67,6 +76,8 @@ class Group:
     members: list[Member]
     fused: FuseReport | None = None
     rows: RowSeeds | None = None
+    noise: Neftune | None = None
+    started_from: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     _active: str | None = None
 
@@ -75,6 +86,8 @@ class Group:
         if isinstance(self.model, PeftModel) and self._active != member.spec.name:
             self.model.set_adapter(member.spec.name)
             self._active = member.spec.name
+            for tensor in member.kept.values():  # peft lets all of an active adapter train
+                tensor.requires_grad_(False)
 
     def train(self, mode: bool = True) -> None:
         """Put the model into training mode. Batch norms keep their pretrained statistics, under every method: what they
@@ -103,6 +116,12 @@ class Group:
         if member.allocation:
             member.allocation.after_step(step)
 
+    def decisions(self) -> dict[str, str]:
+        """What was chosen without being asked for, for run.json."""
+        frozen = len(self.batch_norms())
+        told = {"batch_norm": f"frozen statistics in {frozen} layers"} if frozen else {}
+        return {**self.backbone.decisions, **told}
+
     @contextmanager
     def evaluating(self, member: Member) -> Iterator[nn.Module]:
         """The model in eval mode with this member active; training mode is restored."""
@@ -116,8 +135,8 @@ class Group:
 
     def parameter_counts(self, member: Member) -> tuple[int, int]:
         """(trainable, total) parameters; other members' adapters are not counted."""
-        own = {id(t) for t in member.tensors.values()}
-        others = {id(t) for m in self.members for t in m.tensors.values()} - own
+        own = {id(t) for t in member.all_tensors().values()}
+        others = {id(t) for m in self.members for t in m.all_tensors().values()} - own
         total = sum(p.numel() for p in self.model.parameters() if id(p) not in others)
         return sum(t.numel() for t in member.tensors.values()), total
 
