@@ -93,13 +93,13 @@ def _data_start(task: Task, config: Config, runtime: Runtime, data: EncodedSet) 
     """The training batches for starts of adapters that are computed from them."""
     settings = config.training
 
-    def batches(seed: int, at_least: int) -> Iterator[tuple[Batch, int]]:
+    def batches(seed: int, at_least: int) -> Iterator[tuple[Batch, float]]:
         plan = BatchPlan(data.lengths, settings.batch_size, seed, config.data.group_by_length)
         steps = map(plan.rows, count(1))
         for rows in steps:
             while len(rows) < at_least:
                 rows = np.concatenate([rows, next(steps)])
-            yield to_device(task.collate(data, rows), runtime.device), int(data.units[rows].sum())
+            yield to_device(task.collate(data, rows), runtime.device), float(data.units[rows].sum())
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with runtime.accelerator.autocast():

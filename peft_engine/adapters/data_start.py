@@ -38,7 +38,7 @@ class DataStart:
         loss: (model, batch) → summed loss of the batch, a scalar.
     """
 
-    batches: Callable[[int, int], Iterator[tuple[dict[str, Tensor], int]]]
+    batches: Callable[[int, int], Iterator[tuple[dict[str, Tensor], float]]]
     forward: Callable[[nn.Module, dict[str, Tensor]], Any]
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
