@@ -5,27 +5,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, completion, doctor, env, merge, show_found
+from .config_checks import TASKS
 from .errors import EngineError
 from .faults import explain, leave, several, told_by_another
 from .printing import print_metrics, print_summary
-
-OVERRIDES = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="A.B=C",
-    help="Override a setting, such as training.epochs=1; may be repeated.",
-)
-AS_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."
-)
-CONFIG = click.argument("config", metavar="CONFIG")
-RUN = click.argument("run", metavar="RUN")
 
 
 class InOrder(click.Group):
@@ -58,9 +46,7 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option(
-    "--task", type=click.Choice(["causal-lm", "text-classification"]), required=True, help="What is to be learned."
-)
+@click.option("--task", type=click.Choice(TASKS), required=True, help="What is to be learned.")
 @click.option("--model", required=True, metavar="MODEL", help="Hub id or local folder.")
 def init(task: str, model: str) -> None:
     """Print a commented config to start from.
@@ -87,7 +73,9 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from .config_reading import load_config
 
     found = load_config(config, overrides)
-    _show({"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid."))
+    show_found(
+        {"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid.")
+    )
 
 
 @cli.command()
@@ -97,7 +85,8 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--rows", type=click.IntRange(0), default=3, show_default=True, metavar="N", help="Rows of the mask preview."
 )
-def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
+@click.option("--images", metavar="FILE", help="PNG to write of some images, with augmentations.")
+def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int, images: str | None) -> None:
     """Look at the data before training.
 
     Counts, lengths, labels, duplicates, leakage and truncation of each split, and the first training rows as the model
@@ -110,8 +99,8 @@ def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> N
 
     from .inspection import inspect_data
 
-    report, show = inspect_data(settings, rows)
-    _show(report, as_json, lambda: show(Console()))
+    report, show = inspect_data(settings, rows, images)
+    show_found(report, as_json, lambda: show(Console()))
 
 
 @cli.command()
@@ -159,7 +148,7 @@ def train(
         leave(start_processes(settings, config, overrides, flags, processes))
     summary = start_here(settings, resume=resume, overwrite=overwrite, quiet=quiet)
     if summary is not None:
-        _show(summary, as_json, lambda: print_summary(summary, settings.output))
+        show_found(summary, as_json, lambda: print_summary(summary, settings.output))
 
 
 @cli.command()
@@ -185,13 +174,17 @@ def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...],
     from .using import evaluate as run_evaluate
 
     found = run_evaluate(run, split, data=data, overrides=overrides)
-    _show(found, as_json, lambda: print_metrics(found["metrics"]))
+    show_found(found, as_json, lambda: print_metrics(found["metrics"]))
 
 
 @cli.command()
 @RUN
 @click.option(
-    "--input", "source", required=True, metavar="FILE", help="csv, tsv, jsonl, json, parquet or txt (a text per line)."
+    "--input",
+    "source",
+    required=True,
+    metavar="FILE",
+    help="csv, tsv, jsonl, json, parquet or txt (a text per line); a folder of images.",
 )
 @click.option("--output", "target", metavar="FILE", help=".csv or .jsonl to write; without it JSON lines go to stdout.")
 @OVERRIDES
@@ -218,7 +211,7 @@ def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...
         for row in () if target else rows:
             click.echo(json.dumps(row, ensure_ascii=False))
 
-    _show({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), as_json, show)
+    show_found({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), as_json, show)
 
 
 @cli.command()
@@ -252,11 +245,10 @@ def generate(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Answer PROMPT with a causal-lm run, streamed as it is made.
+    """Answer PROMPT with a causal-lm or seq2seq run, streamed as it is made.
 
     The prompt goes through the model's chat template where the run learned conversations; else it is continued as it
-    stands. RUN is a run directory, or the config whose
-    output it is.
+    stands. For seq2seq it is the source. RUN is a run directory, or the config whose output it is.
 
     \b
     peft-engine generate runs/mine "Name three rivers." --max-new-tokens 50
@@ -317,7 +309,10 @@ def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...
         f"{folder}: reloaded in plain {library}; largest logit difference {drift.relative:.1e} of the largest logit, "
         f"top-1 agreement {drift.top1_agreement:.1%}"
     )
-    _show(found, as_json, lambda: click.echo(text))
+    show_found(found, as_json, lambda: click.echo(text))
+
+
+cli.add_command(merge)
 
 
 @cli.command()
@@ -331,14 +326,8 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2))
 
 
-@cli.command()
-@AS_JSON
-def env(as_json: bool) -> None:
-    """Versions and hardware, for a bug report."""
-    from .runtime import hardware, versions
-
-    found = {**versions(), **hardware()}
-    _show(found, as_json, lambda: click.echo("\n".join(f"{name}: {value}" for name, value in found.items())))
+for _verb in (env, doctor, completion):
+    cli.add_command(_verb)
 
 
 def main() -> None:
@@ -364,15 +353,6 @@ def main() -> None:
             _complain(known.problem, known.fix)
         leave(1 if known is None else known.exit_code)
     leave(0)
-
-
-def _show(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    from .run_directory import plain
-
-    if as_json:
-        click.echo(json.dumps(plain(found), default=str))
-    else:
-        show()
 
 
 def _streamer(tokenizer: Any) -> Any:

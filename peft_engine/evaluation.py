@@ -104,8 +104,8 @@ def _visit(
                 raise
             if size == 1 or runtime.sharded:
                 raise OutOfMemory(
-                    f"Memory ran out evaluating {len(rows)} sequence(s) of {int(data.lengths[rows].max())} tokens.",
-                    "Lower evaluation.batch_size or data.max_length.",
+                    f"Memory ran out evaluating {len(rows)} {data.largest} at once.",
+                    f"Lower evaluation.batch_size or {data.length_setting}.",
                 ) from error
             size = max(1, size // 2)
             continue

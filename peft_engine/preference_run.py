@@ -24,8 +24,8 @@ from .config import Config
 from .data.splitting import Split
 from .errors import ConfigError, Diverged, EngineError, OutOfMemory
 from .meters.memory import LiveBytes
-from .run import Run
 from .runtime import seed_everything
+from .session import Run
 from .training.guards import check_gradients, is_out_of_memory
 from .training.optim import make_schedule, set_learning_rate
 from .training.state import Trainee
@@ -294,7 +294,7 @@ class Steps(TrainerCallback):
         if "eval" in driver.run_.data and (step % (training.eval_every or per_epoch) == 0 or last):
             found = driver.run_._evaluate_during(trainee.member)
             trainee.evaluations.append({"step": step, **found})
-            driver.run_.directory.append_metrics({"step": step, "eval": found})
+            driver.run_._log({"step": step, "eval": found})
         driver.reason = stop_reason(driver.config, driver.run_.signals, driver.run_._elapsed())
         if step % (training.save_every or per_epoch) == 0 or last or driver.reason:
             driver.run_._save(step)
@@ -327,7 +327,7 @@ class Hooked:
             return
         rate = driver.trainee.optimizer.param_groups[0]["lr"]
         row = {"step": step, **logs, "learning_rate": rate, **driver.steps.row}
-        driver.run_.directory.append_metrics(row)
+        driver.run_._log(row)
         driver.run_.view.step(step, driver.total_steps, row)
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:

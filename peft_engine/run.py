@@ -1,34 +1,17 @@
 """The arrow: config → backbone → data → adapters → train → evaluate → export, into a run directory."""
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from . import processes
-from .adapters.group import Member
-from .adapters.sharding import held_bytes
-from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_checks import PREFERENCE
 from .config_reading import load_config
-from .data.formats import is_conversation
-from .data.splitting import load_splits
-from .errors import ConfigError, DataError
-from .evaluation import evaluate_split
-from .exporting import save_trained
-from .meters.cost import cost_usd
-from .meters.memory import peak_rss_bytes
-from .meters.time import PhaseTimer
-from .run_directory import RunDirectory, refuse_other_settings, storage_errors
-from .runtime import command, git_state, hardware, machine, start, versions
-from .tasks import make_task
-from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
+from .run_directory import RunDirectory
+from .session import Run
 from .training.guards import Signals
-from .training.loop import Hooks, Loop
 from .training.progress import ProgressView
 
 
@@ -57,257 +40,12 @@ def train(
     signals = Signals()
     with directory, signals.handled(), ProgressView(Console(stderr=True), quiet or not main) as view:
         kind = _preference_run() if config.task in PREFERENCE else Run
-        return kind(config, directory, signals, view, resume).go()
+        run = kind(config, directory, signals, view, resume)
+        with run.trackers:
+            return run.go()
 
 
-def _preference_run() -> type["Run"]:
+def _preference_run() -> type[Run]:
     from .preference_run import PreferenceRun  # TRL is slow to import, and optional
 
     return PreferenceRun
-
-
-class Run:
-    """One call of `train`."""
-
-    def __init__(
-        self, config: Config, directory: RunDirectory, signals: Signals, view: ProgressView, resume: bool
-    ) -> None:
-        self.config, self.directory, self.signals, self.view = config, directory, signals, view
-        self.timer = PhaseTimer()
-        self.began = time.perf_counter()
-        self.earlier = 0.0  # wall seconds of the sessions before this one
-        self.saved_phases: dict[str, float] = {}
-        self.runtime = start(config)
-        self.resume = processes.from_first(lambda: resume and directory.holds_run())
-        self.before: dict[str, Any] = {}
-        self.moved: list[str] = []  # what a resumed run found changed of its machine and versions
-
-    def go(self) -> dict[str, Any]:
-        config = self.config
-        if self.resume and self.runtime.main:
-            refuse_other_settings(config, self.directory)
-        with self.timer.phase("load"):
-            self.splits = load_splits(config)
-            rows = ", ".join(f"{name} {count:,}" for name, count in self.splits.report.counts.items())
-            self.view.say(f"rows: {rows}; loading {config.model.path} on {self.runtime.device.type}")
-            self.task = make_task(config, self.splits.labels)
-            self.data = encode_splits(self.task, self.splits, config)
-            self.group = build_group(self.task, config, self.runtime, self.data)
-            self._refuse_other_processes()
-        self.trainees = make_trainees(self.group, self.data["train"], config, self.runtime)
-        self.total_steps = config.training.steps or max(
-            1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
-        )
-        self._open()
-        if not self.before:
-            self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
-            self.before = self._judge(self.group.members[0], self._final_split())
-        with self.timer.phase("train"), self.signals.deferred():
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            self._loop().run()
-        after = self._judge(self.group.members[0], self._final_split())
-        summary = self._summary(after)
-        self._write_adapter(summary)
-        summary["seconds"] = self._phases()
-        summary["wall_seconds"] = self._elapsed()
-        summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
-        self.directory.write_json("run.json", summary)
-        self.directory.forget_failure()
-        processes.barrier()
-        return summary
-
-    def _open(self) -> None:
-        """Begin the run directory, or put everything back where its newest complete checkpoint was."""
-        from .config_reading import to_yaml
-
-        checkpoints = processes.from_first(
-            lambda: complete_checkpoints(self.directory.checkpoints) if self.resume else []
-        )
-        if not checkpoints:
-            if self.resume and self.runtime.main:
-                if (self.directory.path / "run.json").exists():
-                    raise ConfigError(
-                        f"--resume: {self.directory.path} holds a finished run whose checkpoints are gone.",
-                        "Keep it as it is, or start anew with --overwrite.",
-                    )
-                self.view.say("No complete checkpoint to resume from: starting from step 0.")
-            self.directory.clear()
-            self.directory.write_text("config.yaml", to_yaml(self.config))
-            return
-        state = read_state(checkpoints[-1])["run"]
-        self._refuse_other_input(state, checkpoints[-1])
-        load_checkpoint(checkpoints[-1], self.trainees)
-        if self.config.training.micro_batch_size != "auto":
-            self.trainees[0].micro_batch_size = self.config.training.micro_batch_size
-        if self.runtime.accelerator.scaler is not None:
-            self.runtime.accelerator.scaler.load_state_dict(state["scaler"])
-        self.earlier, self.saved_phases, self.before = state["wall_seconds"], state["seconds"], state["before"]
-        self.directory.cut_metrics(self.trainees[0].step)
-        self.directory.write_text("config.yaml", to_yaml(self.config))
-        self.view.say(f"Resuming from {checkpoints[-1]}.")
-        now = machine() | {"processes": self.runtime.world}
-        self.moved = sorted(name for name, was in state["machine"].items() if now.get(name) != was)
-        if self.moved:
-            self.view.say(f"Not the machine or versions it began on ({', '.join(self.moved)}): the bits may differ.")
-
-    def _refuse_other_input(self, state: dict[str, Any], checkpoint: Path) -> None:
-        if state["data_digest"] != self.splits.digest:
-            raise DataError(
-                f"The data is not what {checkpoint} was trained on.",
-                "Restore the data, or start anew with --overwrite.",
-            )
-        if state["weights_digest"] != self.group.backbone.weights_digest:
-            raise ConfigError(
-                f"The backbone's weights are not those {checkpoint} was trained on.",
-                "Restore the model, or start anew with --overwrite.",
-            )
-
-    def _refuse_other_processes(self) -> None:
-        """Every process must have read the same data and weights."""
-        found = processes.gathered((self.splits.digest, self.group.backbone.weights_digest))
-        for place, one in enumerate(found):
-            for mine, other, what in zip(found[0], one, ("data", "backbone"), strict=True):
-                if mine != other:
-                    raise DataError(
-                        f"The {what} that process {place} has read is not that of process 0.",
-                        "Give all machines the same files.",
-                    )
-
-    def _loop(self) -> Loop:
-        hooks = Hooks(
-            evaluate=self._evaluate_during if "eval" in self.data else None,
-            log=self.directory.append_metrics,
-            save=self._save,
-            fail=lambda record: self.directory.write_json("failure.json", record),
-            progress=self.view.step,
-            elapsed=self._elapsed,
-        )
-        where = self.splits.train.where
-        return Loop(
-            self.group,
-            self.task,
-            self.data["train"],
-            where,
-            self.trainees,
-            self.config,
-            self.runtime,
-            self.total_steps,
-            hooks,
-            self.signals,
-        )
-
-    def _evaluate_during(self, member: Member) -> dict[str, Any]:
-        found = self._judge(member, "eval", generate=False)
-        names = dict.fromkeys([self.task.primary, "loss"])
-        self.view.say("eval  " + "  ".join(f"{name} {found[name]:.4f}" for name in names))
-        return found
-
-    def _judge(self, member: Member, split: str, generate: bool = True) -> dict[str, Any]:
-        """Metrics of a member on a split; with `evaluation.generate_rows` also the exact match of generated answers."""
-        settings = self.config.evaluation
-        size = settings.batch_size or self.config.training.batch_size
-        with self.timer.phase("evaluate"), self.group.evaluating(member) as model:
-            found = evaluate_split(model, self.task, self.data[split], size, self.runtime)
-            if generate and settings.generate_rows and self.task.generates:
-                examples = getattr(self.splits, split).examples[: settings.generate_rows]
-                found |= self.task.judge_answers(model, examples, settings, size)
-        return found
-
-    def _final_split(self) -> str:
-        return next(name for name in ("test", "eval", "train") if name in self.data)
-
-    def _save(self, step: int) -> None:
-        state = {
-            "wall_seconds": self._elapsed(),
-            "seconds": self._phases(),
-            "before": self.before,
-            "scaler": self.runtime.accelerator.scaler and self.runtime.accelerator.scaler.state_dict(),
-            "data_digest": self.splits.digest,
-            "weights_digest": self.group.backbone.weights_digest,
-            "machine": machine() | {"processes": self.runtime.world},
-        }
-        with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
-            if self.directory.writes:
-                save_checkpoint(
-                    self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit
-                )
-            processes.barrier()  # none leaves before it is complete
-
-    def _write_adapter(self, summary: dict[str, Any]) -> None:
-        if not self.directory.writes:
-            return
-        group, labels, folder = self.group, self.splits.labels, self.directory.adapter
-        with self.timer.phase("save"), storage_errors(folder):
-            save_trained(group, group.members[0], self.task, labels, folder, summary, self.config)
-
-    def _elapsed(self) -> float:
-        return self.earlier + time.perf_counter() - self.began
-
-    def _phases(self) -> dict[str, float]:
-        names = {*self.saved_phases, *self.timer.seconds}
-        return {name: self.saved_phases.get(name, 0.0) + self.timer.seconds.get(name, 0.0) for name in sorted(names)}
-
-    def _processes(self) -> dict[str, Any] | None:
-        """What each of several processes held and took at most; None for one."""
-        peak = torch.cuda.max_memory_allocated() if self.runtime.device.type == "cuda" else self.trainees[0].live_bytes
-        found = {"model_bytes": held_bytes(self.group.model), "peak_bytes": peak, "peak_rss_bytes": peak_rss_bytes()}
-        each = processes.gathered(found)
-        parallel = "fsdp" if self.runtime.sharded else "ddp"
-        return {"count": len(each), "parallel": parallel, "each": each} if len(each) > 1 else None
-
-    def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
-        trainee = self.trainees[0]
-        trainable, total = self.group.parameter_counts(trainee.member)
-        timed = sum(trainee.step_seconds)
-        cuda = self.runtime.device.type == "cuda"
-        fused = self.group.fused
-        return {
-            "task": self.config.task,
-            "method": self.config.adapter.method,
-            "metrics": {
-                "primary": self.task.primary,
-                "split": self._final_split(),
-                "before": self.before,
-                "after": after,
-            },
-            "wall_seconds": self._elapsed(),
-            "seconds": self._phases(),
-            "step_seconds": statistics.median(trainee.step_seconds) if trainee.step_seconds else None,
-            "tokens_per_second": trainee.timed_tokens / timed if timed else None,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else trainee.live_bytes,
-            "peak_bytes_meaning": "CUDA allocator's maximum"
-            if cuda
-            else "live tensor bytes, counted on the heaviest step",
-            "peak_rss_bytes": peak_rss_bytes(),
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "cost_usd": cost_usd(self._elapsed(), self.config.budget.usd_per_hour),
-            "energy": None,
-            "steps": trainee.step,
-            "best_step": trainee.best_step,
-            "stopped_early": trainee.stopped,
-            "tokens": trainee.total_tokens,
-            "micro_batch_size": trainee.micro_batch_size,
-            "data": {
-                **self.splits.report.to_json(),
-                "conversations": is_conversation(self.splits.train.examples[0]),
-                "digest": self.splits.digest,
-                "dropped": {n: len(d.dropped) for n, d in self.data.items()},
-                "truncated": {n: d.truncated for n, d in self.data.items()},
-            },
-            "evaluations": trainee.evaluations,
-            "precision": self.runtime.precision,
-            "device": self.runtime.device.type,
-            "resumed_with_other": self.moved,
-            "decisions": {**self.runtime.why, "kernels": "off: plain PEFT" if fused is None else fused.why},
-            "kernels": None
-            if fused is None
-            else {"backend": fused.backend, "swapped": fused.counts(), "skipped": fused.skipped},
-            "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
-            "processes": self._processes(),
-            "hardware": hardware(),
-            "versions": versions(),
-            "git": git_state(),
-            "command": command(),
-        }

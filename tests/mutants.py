@@ -64,7 +64,7 @@ REMOVALS = (
     R("01", "training/step.py", "loss = task.training_loss(group.model, batch) / units",
       'loss = task.training_loss(group.model, batch) / (batch["labels"][:, 1:] != -100).sum() / len(micro_batches)',
       "accumulation_equals_one_big_batch"),
-    R("01", "training/loop.py", "units = int(self.data.units[rows].sum())", "units = len(rows)",
+    R("01", "training/loop.py", "units = self.data.units[rows].sum().item()", "units = len(rows)",
       "loss_is_the_mean_over_all_supervised_tokens"),
     R("01", "tasks/causal_lm.py", "use_cache=False, num_items_in_batch=1).loss", "use_cache=False).loss",
       "accumulation_equals_one_big_batch"),
@@ -131,6 +131,22 @@ REMOVALS = (
     # 7
     R("07", "adapters/sharding.py", "fully_shard(block, mesh=mesh, ignored_params=kept)",
       "fully_shard(block, mesh=mesh)", "a_sharded_run_saves_whole_adapters"),
+    # 8: samples run on in a pack; each guard alone
+    R("08", "data/packing.py", "positions[line, start : start + len(sample)] = np.arange(len(sample))",
+      "positions[line, start : start + len(sample)] = start + np.arange(len(sample))",
+      "packed_samples_are_learned_as_unpacked_ones"),
+    R("08", "tasks/causal_lm.py", "    taught[:1] = False\n", "", "a_first_token_is_never_learned"),
+    R("08", "training/isolation.py", "if not moved <= (NARROW_MOVED if narrow else MOVED):", "if False:",
+      "a_model_whose_samples_see_each_other_is_refused"),
+    R("08", "training/isolation.py", "if not alone <= (NARROW_ALONE if narrow else ALONE):", "if False:",
+      "positions_that_go_on_are_refused"),
+    R("08", "building.py", "            prove_isolation(group, member, task, runtime)", "            pass",
+      "a_model_whose_samples_see_each_other_is_refused"),
+    # 9
+    R("09", "training/isolation.py", 'if getattr(model, "_is_stateful", False):', "if False:",
+      "models_with_a_running_state_are_refused"),
+    R("09", "training/isolation.py", "sorted({str(kind) for kind in kinds} - set(ATTENDING))", "[]",
+      "models_with_a_running_state_are_refused"),
     # 10
     R("10", "training/loop.py", "seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)", "pass",
       "resume_repeats_and_skips_no_sample"),
@@ -270,7 +286,7 @@ REMOVALS = (
       "nan_stops_the_run_with_the_last_good_weights"),
     R("25", "training/guards.py", "if not torch.isfinite(task.loss(logits, batch)):", "if True:",
       "a_gradient_that_is_not_finite_stops_it_too nan_stops_the_run_with_the_last_good_weights"),
-    R("25", "run.py", 'self.directory.write_json("failure.json", record)', "None",
+    R("25", "session.py", 'self.directory.write_json("failure.json", record)', "None",
       "at_the_first_step_there_is_nothing_to_keep"),
     # 26
     R("26", "data/splitting.py", "        if not hits:\n            kept.append(i)\n",

@@ -4,6 +4,11 @@
                          {"prompt": …, "completion": …}      both strings, or both lists of messages (then also "tools")
                          {"text": str}
     text-classification  {"text": str, "label": Any}                                    no label when predicting
+                         {"text": str, "text_pair": str, "label": Any}
+                         {"text": str, "choices": [str, …], "label": int}               the right one's place, from 0
+    image-classification {"image": Picture, "label": Any}                               no label when predicting
+    token-classification {"tokens": [str, …], "tags": [str | int | None, …]}            no tags when predicting
+    seq2seq              {"source": str, "target": str}                                 no target when predicting
     dpo, orpo, reward    {"prompt": …, "chosen": …, "rejected": …}     strings, or lists of messages; the prompt may be
                          missing where chosen and rejected hold it
     kto                  {"prompt": …, "completion": …, "label": bool}
@@ -12,17 +17,34 @@ Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or nam
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ..errors import ConfigError, DataError
-from .messages import Malformed, as_conversation, as_tools
+from .images import picture
+from .messages import Empty, Malformed, as_conversation, as_tools
 from .parsing import Row, shown
 from .reading import Rows
+from .text_layouts import (
+    SENTENCE_PAIRS,
+    TRANSLATIONS,
+    choices_of,
+    firsts,
+    is_choices,
+    pairs_in,
+    right_choice,
+    seconds,
+    tags_of,
+    words_of,
+)
 
 Example = dict[str, Any]
-Kind = Literal["messages", "prompt-completion", "text", "text-label", "preference", "rated"]
+Kind = Literal[
+    "messages", "prompt-completion", "text", "text-label", "pair-label", "choices-label", "tokens-tags",
+    "source-target", "image-label", "preference", "rated",
+]  # fmt: skip
 
 CONVENTIONS = {
     "messages": ("messages", "conversations"),
@@ -30,24 +52,44 @@ CONVENTIONS = {
     "prompt": ("prompt", "instruction"),
     "completion": ("completion", "output"),
     "text": ("text", "sentence", "content", "document"),
+    "image": (
+        *("image", "images", "img", "pixels", "image_path", "file_name", "filename", "file", "path"),
+        *("filepath", "image_bytes", "image_base64", "x"),
+    ),
     "label": ("label", "labels", "class", "target", "category", "score", "sentiment"),
+    "text_pair": seconds(SENTENCE_PAIRS),
+    "choices": ("choices", "endings"),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "pos_tags", "labels"),
+    "source": firsts(TRANSLATIONS),
+    "target": seconds(TRANSLATIONS),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
+CHOICES_TEXT = ("question", "context", "ctx", "premise")
+CHOICES_LABEL = ("answer", "answerkey")
 KINDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
     "text-label": ("text", "label"),
+    "image-label": ("image", "label"),
+    "pair-label": ("text", "text_pair", "label"),
+    "choices-label": ("text", "choices", "label"),
+    "tokens-tags": ("tokens", "tags"),
+    "source-target": ("source", "target"),
     "preference": ("chosen", "rejected"),
     "rated": ("prompt", "completion", "label"),
 }
 PREFERENCE_KINDS: dict[str, Kind] = {"dpo": "preference", "orpo": "preference", "reward": "preference", "kto": "rated"}
 CAUSAL_KINDS: tuple[Kind, ...] = ("messages", "prompt-completion", "text")
-ANSWERS = ("label", "completion")
+ANSWERS = ("label", "completion", "tags", "target")
 PARTS = {
     "causal-lm": ("messages", "tools", "prompt", "completion", "text"),
-    "text-classification": ("text", "label"),
+    "text-classification": ("text", "text_pair", "choices", "label"),
+    "image-classification": ("image", "label"),
+    "token-classification": ("tokens", "tags"),
+    "seq2seq": ("source", "target"),
     "dpo": ("prompt", "chosen", "rejected", "tools"),
     "orpo": ("prompt", "chosen", "rejected", "tools"),
     "reward": ("prompt", "chosen", "rejected", "tools"),
@@ -64,6 +106,8 @@ class Layout:
     """Part to column. Alpaca's optional `input` column is the part "input"."""
     answered: bool = True
     """Rows must hold what is to be learned: a label, a completion, an assistant turn."""
+    folder: str = ""
+    """Paths of images are relative to it."""
 
 
 def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: bool = True) -> Layout:
@@ -82,7 +126,7 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
             f"data.columns.{unused[0]} = {columns[unused[0]]!r} has no use in task {task}.",
             f"Its parts are {', '.join(PARTS[task])}.",
         )
-    kind = _kind(rows, task, columns, need_label)
+    kind, columns = _kind(rows, task, columns, need_label)
     found = {part: _find(rows, part, columns) for part in KINDS[kind] if need_label or part not in ANSWERS}
     if len(set(found.values())) < len(found):
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
@@ -94,15 +138,61 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
         found["tools"] = _find(rows, "tools", columns)
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
-    return Layout(kind, found, answered=need_label)
+    folder = "" if rows.places else os.path.dirname(os.path.expanduser(rows.source))
+    return Layout(kind, found, need_label, folder)
 
 
-def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> Kind:
+def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> tuple[Kind, dict[str, str]]:
+    """The kind of rows of a task, and `columns` with those that only a pair of columns tells."""
+    if task == "image-classification":
+        return "image-label", columns
+    if task == "token-classification":
+        return "tokens-tags", columns
+    if task == "seq2seq":
+        return "source-target", columns or _one_pair(rows, "source", "target", TRANSLATIONS)
     if task == "text-classification":
-        return "text-label"
+        return _labelled_kind(rows, columns)
     if task in PREFERENCE_KINDS and need_label:
-        return PREFERENCE_KINDS[task]
-    return _causal_kind(rows, columns, need_label)
+        return PREFERENCE_KINDS[task], columns
+    return _causal_kind(rows, columns, need_label), columns
+
+
+def _labelled_kind(rows: Rows, columns: dict[str, str]) -> tuple[Kind, dict[str, str]]:
+    """One text, two, or a text with choices; what is named in `columns` decides, else what the columns are called."""
+    if "text_pair" in columns and "choices" in columns:
+        raise ConfigError("data.columns names both text_pair and choices.", "Name one of them.")
+    if "text_pair" in columns:
+        return "pair-label", columns
+    first = rows.rows[0]
+    if "choices" in columns or any(is_choices(first.get(column)) for column in _candidates(rows, "choices")):
+        own = {"text": CHOICES_TEXT, "label": CHOICES_LABEL}
+        for part, names in own.items():
+            found = [column for column in rows.columns if _plain(column) in names]
+            if part not in columns and not _candidates(rows, part) and len(found) == 1:
+                columns = columns | {part: found[0]}
+        return "choices-label", columns
+    if "text" in columns:
+        return "text-label", columns
+    pair = _one_pair(rows, "text", "text_pair", SENTENCE_PAIRS)
+    alone = [column for column in _candidates(rows, "text") if column not in pair.values()]
+    if pair and alone:
+        raise DataError(
+            f"{rows.source} could be read as the pair {pair['text']!r} and {pair['text_pair']!r} or as the text "
+            f"{alone[0]!r}; its columns are {_listed(rows)}.",
+            "Name the text (data.columns.text=COLUMN), and data.columns.text_pair=COLUMN for a pair.",
+        )
+    return ("pair-label", columns | pair) if pair else ("text-label", columns)
+
+
+def _one_pair(rows: Rows, one: str, two: str, pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Columns of the one pair that is there, none where there is none."""
+    found = pairs_in(rows.columns, pairs)
+    if len(found) > 1:
+        raise DataError(
+            f"{rows.source} could be read as {' or as '.join(f'{a!r} and {b!r}' for a, b in found)}.",
+            f"Name both: data.columns.{one}=COLUMN and data.columns.{two}=COLUMN.",
+        )
+    return {one: found[0][0], two: found[0][1]} if found else {}
 
 
 def _alpaca_input(rows: Rows, found: dict[str, str], columns: dict[str, str]) -> dict[str, str]:
@@ -185,19 +275,32 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
     Raises:
         DataError: rows that can't be learned from. The first is named, the others are counted.
     """
+    examples, faults = convert_rows(rows, layout)
+    if faults:
+        refuse_rows(rows, faults, layout)
+    return list(examples.values())
+
+
+def convert_rows(rows: Rows, layout: Layout) -> tuple[dict[int, Example], list[tuple[int, Malformed]]]:
+    """The example of each row that can be learned from, by the row's number, and what is wrong with the others."""
     convert = _CONVERTERS[layout.kind]
-    examples: list[Example] = []
+    examples: dict[int, Example] = {}
     faults: list[tuple[int, Malformed]] = []
     for i, row in enumerate(rows.rows):
         try:
-            examples.append(convert(row, layout))
+            examples[i] = convert(row, layout)
         except Malformed as fault:
             faults.append((i, fault))
-    if faults:
-        first, problem = faults[0]
-        others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
-        raise DataError(f"{rows.where(first)}: {problem}.{others}", "Mend or remove such rows.")
-    return examples
+    return examples, faults
+
+
+def refuse_rows(rows: Rows, faults: list[tuple[int, Malformed]], layout: Layout) -> NoReturn:
+    """Raise a DataError that names the first of the faulty rows and counts the others."""
+    first, problem = faults[0]
+    others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
+    setting = "empty" if isinstance(problem, Empty) else "malformed"
+    fix = "Mend or remove such rows" + (f", or set data.clean.{setting}: drop." if layout.answered else ".")
+    raise DataError(f"{rows.where(first)}: {problem}.{others}", fix)
 
 
 def is_conversation(example: Example) -> bool:
@@ -210,16 +313,48 @@ def _text_example(row: Row, layout: Layout) -> Example:
 
 
 def _labelled_example(row: Row, layout: Layout) -> Example:
-    example = _text_example(row, layout)
+    return _text_example(row, layout) | _label(row, layout)
+
+
+def _image_example(row: Row, layout: Layout) -> Example:
+    column = layout.columns["image"]
+    if row.get(column) is None:
+        raise Malformed(f"column {column!r} " + ("is empty" if column in row else "is not in this row"))
+    return {"image": picture(row[column], layout.folder)} | _label(row, layout)
+
+
+def _label(row: Row, layout: Layout) -> Example:
     if "label" in layout.columns:
         column = layout.columns["label"]
         label = row.get(column)
         if column not in row:
             raise Malformed(f"column {column!r} is not in this row")
         if label is None or label != label or (isinstance(label, str) and label.strip().lower() in ("", "nan")):
-            raise Malformed(f"the label in column {column!r} is {label!r}, that is missing")
-        example["label"] = label
+            raise Empty(f"the label in column {column!r} is {label!r}, that is missing")
+        return {"label": label}
+    return {}
+
+
+def _pair_example(row: Row, layout: Layout) -> Example:
+    return _labelled_example(row, layout) | {"text_pair": _filled_string(row, layout.columns["text_pair"])}
+
+
+def _choices_example(row: Row, layout: Layout) -> Example:
+    choices, keys = choices_of(row, layout.columns["choices"])
+    example = _labelled_example(row, layout) | {"choices": choices}
+    if "label" in example:
+        example["label"] = right_choice(example["label"], choices, keys)
     return example
+
+
+def _tagged_example(row: Row, layout: Layout) -> Example:
+    words = words_of(row, layout.columns["tokens"])
+    tagged = {"tags": tags_of(row, layout.columns["tags"], len(words))} if "tags" in layout.columns else {}
+    return {"tokens": words} | tagged
+
+
+def _source_example(row: Row, layout: Layout) -> Example:
+    return {part: _filled_string(row, layout.columns[part]) for part in ("source", "target") if part in layout.columns}
 
 
 def _messages_example(row: Row, layout: Layout) -> Example:
@@ -280,9 +415,9 @@ def _filled_string(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         got = f"is {shown(value)}, a string was expected" if column in row else "is not in this row"
-        raise Malformed(f"column {column!r} {got}")
+        raise (Empty if value is None and column in row else Malformed)(f"column {column!r} {got}")
     if not value.strip():
-        raise Malformed(f"column {column!r} is empty" if not value else f"column {column!r} is blank ({value[:20]!r})")
+        raise Empty(f"column {column!r} is empty" if not value else f"column {column!r} is blank ({value[:20]!r})")
     return value
 
 
@@ -291,6 +426,11 @@ _CONVERTERS: dict[Kind, Callable[[Row, Layout], Example]] = {
     "prompt-completion": _completion_example,
     "text": _text_example,
     "text-label": _labelled_example,
+    "image-label": _image_example,
+    "pair-label": _pair_example,
+    "choices-label": _choices_example,
+    "tokens-tags": _tagged_example,
+    "source-target": _source_example,
     "preference": _preference_example,
     "rated": _rated_example,
 }

@@ -1,7 +1,8 @@
 """From the bytes of a data file to its rows, one function per format.
 
 Each parser returns the rows and, where the format has lines, the 1-based line on which each row begins. Nothing is
-skipped but blank lines; whatever can't be read is a DataError that names the line.
+skipped but blank lines; whatever can't be read is a DataError that names the line. Where the caller gives a list for
+faults, a row that can't be read is written there and left out; what is wrong with a whole file is still an error.
 """
 
 import csv
@@ -15,6 +16,8 @@ from ..errors import DataError
 
 Row = dict[str, Any]
 Parsed = tuple[list[Row], list[int] | None]
+Faults = list[tuple[str, str]]
+"""Rows that were left out: where each stands, and what is wrong with it."""
 CSV_FIELD_LIMIT = 2**31 - 1  # characters; Python's own limit of 131,072 is less than a long document
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LIST_IN_LINES = "One JSON object per line. A JSON list belongs in a .json file."
@@ -35,37 +38,52 @@ def decode(source: str, raw: bytes) -> str:
         ) from error
 
 
-def parse_delimited(source: str, text: str, delimiter: str) -> Parsed:
-    """CSV or TSV with a header; cells stay strings, an empty cell is ""."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def parse_delimited(source: str, text: str, delimiter: str, faults: Faults | None = None) -> Parsed:
+    """CSV or TSV with a header; cells stay strings, an empty cell is "".
+
+    With `faults`, reading goes on behind the line on which a row that can't be read begins.
+    """
+    physical = list(io.StringIO(text, newline=""))
     header: list[str] = []
     rows: list[Row] = []
     lines: list[int] = []
     limit_before = csv.field_size_limit(CSV_FIELD_LIMIT)
+    start = 0  # physical lines before those that the reader was given
     line = 1
     try:
-        for cells in reader:
-            begins, line = line, reader.line_num + 1
-            if not cells:
-                continue
-            if not header:
-                header = _header(f"{source}, line {begins}", cells, delimiter)
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{source}, line {begins}: {len(cells)} cells where the header has {len(header)}.",
-                    "Quote cells that hold the delimiter or a line break.",
-                )
-            rows.append(dict(zip(header, cells, strict=True)))
-            lines.append(begins)
-    except csv.Error as error:
-        raise DataError(
-            f"{source}, line {line}: the row that begins here can't be read: {error}.",
-            'A cell that begins with " must end with one, and every " within it is doubled.',
-        ) from error
+        while True:
+            reader = csv.reader(iter(physical[start:]), delimiter=delimiter, strict=True)
+            try:
+                for cells in reader:
+                    begins, line = line, start + reader.line_num + 1
+                    if not cells:
+                        continue
+                    if not header:
+                        header = _header(f"{source}, line {begins}", cells, delimiter)
+                        continue
+                    if len(cells) != len(header):
+                        problem = f"{len(cells)} cells where the header has {len(header)}"
+                        fix = "Quote cells that hold the delimiter or a line break."
+                        _fault(faults, f"{source}, line {begins}", problem, fix)
+                        continue
+                    rows.append(dict(zip(header, cells, strict=True)))
+                    lines.append(begins)
+                break
+            except csv.Error as error:
+                problem = f"the row that begins here can't be read: {error}"
+                fix = 'A cell that begins with " must end with one, and every " within it is doubled.'
+                _fault(faults if header else None, f"{source}, line {line}", problem, fix, error)
+                start, line = line, line + 1
     finally:
         csv.field_size_limit(limit_before)
     return rows, lines
+
+
+def _fault(faults: Faults | None, where: str, problem: str, fix: str, cause: Exception | None = None) -> None:
+    """Write a row's fault down, or raise it where nobody collects them."""
+    if faults is None:
+        raise DataError(f"{where}: {problem}.", fix) from cause
+    faults.append((where, problem))
 
 
 def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
@@ -81,7 +99,7 @@ def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
     return cells
 
 
-def parse_json_lines(source: str, text: str) -> Parsed:
+def parse_json_lines(source: str, text: str, faults: Faults | None = None) -> Parsed:
     """One JSON object per line."""
     rows: list[Row] = []
     lines: list[int] = []
@@ -94,22 +112,25 @@ def parse_json_lines(source: str, text: str) -> Parsed:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            problem, fix = f"not valid JSON ({error}): {start_of(line)}", LIST_IN_LINES
             last = not any(rest.strip() for rest in raw_lines[number:])
             if last and (number == len(raw_lines) or not line.endswith("}")):
-                problem = f"{where}, the last one, breaks off: {start_of(line)}; the file looks truncated."
-                raise DataError(problem, "Copy or download it again, or remove the broken line.") from error
-            raise DataError(f"{where}: not valid JSON ({error}): {start_of(line)}.", LIST_IN_LINES) from error
+                problem = f"this last line breaks off: {start_of(line)}; the file looks truncated"
+                fix = "Copy or download it again, or remove the broken line."
+            _fault(faults, where, problem, fix, error)
+            continue
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object: {start_of(line)}.", LIST_IN_LINES)
-        if HALF_SURROGATE.search(line):
-            _check_surrogates(where, row)
+            _fault(faults, where, f"not a JSON object: {start_of(line)}", LIST_IN_LINES)
+            continue
+        if HALF_SURROGATE.search(line) and not _surrogates_paired(where, row, faults):
+            continue
         rows.append(without_nulls(row, deep=False))
         lines.append(number)
     return rows, lines
 
 
-def parse_json(source: str, text: str) -> Parsed:
-    """A JSON list of objects, or {"data": that list}."""
+def parse_json(source: str, text: str, faults: Faults | None = None) -> Parsed:
+    """A JSON list of objects, or {"data": that list}. Rows have numbers for lines where some are left out."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -128,36 +149,40 @@ def parse_json(source: str, text: str) -> Parsed:
             'Take the form [{…}, …] or {"data": [{…}, …]}; a file with one object per line is named .jsonl.',
         )
     suspect = HALF_SURROGATE.search(text) is not None
+    rows: list[Row] = []
+    numbers: list[int] = []
     for number, row in enumerate(document, start=1):
         where = f"{source}, row {number}"
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not an object: {shown(row)}.", "Each row is a JSON object.")
-        if suspect:
-            _check_surrogates(where, row)
-    return [without_nulls(row, deep=False) for row in document], None
+            _fault(faults, where, f"not an object: {shown(row)}", "Each row is a JSON object.")
+        elif not suspect or _surrogates_paired(where, row, faults):
+            rows.append(without_nulls(row, deep=False))
+            numbers.append(number)
+    return rows, numbers if faults else None
 
 
-def _check_surrogates(where: str, row: Row) -> None:
-    """Refuse half of a surrogate pair (an emoji cut in two): no tokenizer takes it."""
+def _surrogates_paired(where: str, row: Row, faults: Faults | None) -> bool:
+    """False for half of a surrogate pair (an emoji cut in two): no tokenizer takes it."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half of a surrogate pair, \\u{ord(error.object[error.start]):04x} (an emoji cut in two).",
-            "Remove it where the file is made.",
-        ) from error
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        problem = f"half of a surrogate pair, {half} (an emoji cut in two)"
+        _fault(faults, where, problem, "Remove it where the file is made.", error)
+        return False
+    return True
 
 
-def parse_text(source: str, text: str) -> Parsed:
-    """One document per line, as {"text": line}."""
+def parse_text(source: str, text: str, faults: Faults | None = None) -> Parsed:
+    """One document per line, as {"text": line}. There is nothing that can't be read."""
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
     kept = [(number, line) for number, line in numbered if line.strip()]
     return [{"text": line} for _, line in kept], [number for number, _ in kept]
 
 
-TEXT_PARSERS: dict[str, Callable[[str, str], Parsed]] = {
-    ".csv": lambda source, text: parse_delimited(source, text, ","),
-    ".tsv": lambda source, text: parse_delimited(source, text, "\t"),
+TEXT_PARSERS: dict[str, Callable[[str, str, Faults | None], Parsed]] = {
+    ".csv": lambda source, text, faults: parse_delimited(source, text, ",", faults),
+    ".tsv": lambda source, text, faults: parse_delimited(source, text, "\t", faults),
     ".jsonl": parse_json_lines,
     ".ndjson": parse_json_lines,
     ".json": parse_json,

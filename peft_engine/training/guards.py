@@ -52,12 +52,18 @@ def check_moving(member: Member, starts_at_zero: bool) -> None:
         )
 
 
-def rows_not_finite(model: nn.Module, task: Task, data: EncodedSet, rows: np.ndarray, runtime: Runtime) -> list[int]:
-    """Those of `rows` whose own loss is not finite, found one by one without gradients."""
+def rows_not_finite(
+    model: nn.Module, task: Task, data: EncodedSet, rows: np.ndarray, runtime: Runtime, seed: int
+) -> list[int]:
+    """Those of `rows` whose own loss is not finite, found one by one without gradients.
+
+    Args:
+        seed: of the member and step, for the same augmentation.
+    """
     found = []
     with torch.no_grad():
         for row in rows:
-            batch = to_device(task.collate(data, np.array([row])), runtime.device)
+            batch = to_device(task.collate(*data.drawn(np.array([row]), seed)), runtime.device)
             with runtime.accelerator.autocast():
                 logits = task.forward(model, batch)
             if not torch.isfinite(task.loss(logits, batch)):

@@ -18,10 +18,11 @@ from ..errors import Diverged, OutOfMemory
 from ..meters.memory import LiveBytes
 from ..runtime import Runtime, combine, give_back_freed_memory, seed_everything
 from ..tasks.base import Task
+from .ema import averaged
 from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
 from .optim import make_schedule, set_learning_rate
 from .state import Trainee
-from .step import Gradients, clip, cut, gradients
+from .step import Gradients, clip, gradients
 from .stopping import agree_on_micro_batches, stop_reason
 
 SKIPS_IN_A_ROW = 50  # fp16 scaler: so many steps without a finite gradient are a divergence
@@ -70,10 +71,11 @@ class Loop:
             Diverged, OutOfMemory, BudgetReached, Interrupted: each after a complete checkpoint, where a step was done.
         """
         settings = self.config.training
+        self.group.begin(self.total_steps)
         per_epoch = self.trainees[0].plan.steps_per_epoch
         evaluate_every, save_every = settings.eval_every or per_epoch, settings.save_every or per_epoch
         schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
-        self.group.model.train()
+        self.group.train()
         for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
             if all(t.stopped for t in self.trainees):  # resumed after early stopping had ended it
                 break
@@ -91,7 +93,7 @@ class Loop:
                 raise reason
             if last:
                 break
-        self._restore_best()
+        self._final_weights()
 
     def _advance(self, trainee: Trainee, step: int, factor: float) -> None:
         """One optimizer step of one member."""
@@ -110,12 +112,15 @@ class Loop:
             clip(tensors, found.norm, settings.max_grad_norm)
             set_learning_rate(trainee.optimizer, factor)
             self._update(trainee)
+            self.group.after_step(trainee.member, step)
         trainee.optimizer.zero_grad(set_to_none=True)
         if self.runtime.sharded and self.runtime.device.type == "cpu":
             give_back_freed_memory()  # gathered layers come and go in several threads, whose heaps would only grow
         trainee.step = step
         updated = factor > 0 and math.isfinite(norm)  # the fp16 scaler skips a step whose gradient overflowed
         trainee.updates += updated
+        if updated and trainee.average is not None:
+            trainee.average.update(trainee.member, trainee.updates)
         if updated and trainee.updates == 2:
             check_moving(trainee.member, self.config.adapter.init == "default")
         if meter:
@@ -125,15 +130,18 @@ class Loop:
     def _gradients(self, trainee: Trainee, step: int) -> Gradients:
         """Gradients of a step; halves the micro-batch on out-of-memory and begins the same step again (trap 24)."""
         rows = trainee.plan.rows(step)
-        units = int(self.data.units[rows].sum())
-        own, first = rows[self.runtime.rank :: self.runtime.world], rows[:: self.runtime.world]
+        rows, plan = trainee.plan.rows(step), trainee.plan
+        units = self.data.units[rows].sum().item()
+        rank, world = self.runtime.rank, self.runtime.world
         tensors = list(trainee.member.tensors.values())
         while True:
             seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)
             seed = combine(trainee.member.spec.seed, 4, step)
             size = trainee.micro_batch_size
-            pieces = cut(own, size)
-            idle = [rows[:1]] * (len(cut(first, size)) - len(pieces)) if self.runtime.sharded else []
+            pieces = plan.micro_batches(step, size, rank, world)
+            # a sharded backbone runs in all processes at once: who has fewer pieces passes rows without weight
+            most = max(len(plan.micro_batches(step, size, other, world)) for other in range(world))
+            idle = [rows[:1]] * (most - len(pieces)) if self.runtime.sharded else []
             try:
                 found = self._unscaled(
                     trainee,
@@ -143,14 +151,15 @@ class Loop:
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
-                # a sharded backbone runs in all processes at once: none can try again alone
-                if size == 1 or self.config.training.micro_batch_size != "auto" or self.runtime.sharded:
+                smaller = plan.smaller(step, size, rank, world)
+                # sharded: none can try again alone
+                if smaller is None or self.config.training.micro_batch_size != "auto" or self.runtime.sharded:
                     raise self._out_of_memory(size, error) from error
             trainee.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            trainee.micro_batch_size = math.ceil(min(size, len(own)) / 2)
+            trainee.micro_batch_size = smaller
             self._log_smaller(trainee, step)
         if self.config.training.micro_batch_size == "auto" and agree_on_micro_batches(trainee):
             self._log_smaller(trainee, step)
@@ -182,11 +191,12 @@ class Loop:
             raise
 
     def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
-        longest = int(self.data.lengths.max())
+        packing = self.trainees[0].plan.packing
+        packed = f", in packs of up to {packing.tokens} tokens," if packing else ""
+        first = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
         return OutOfMemory(
-            f"Memory ran out with {size} sequence(s) of up to {longest} tokens at once: {str(error).splitlines()[0]}",
-            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, "
-            "or adapt less.",
+            f"Memory ran out with {size} {self.data.largest}{packed} at once: {str(error).splitlines()[0]}",
+            f"Lower {first} or {self.data.length_setting}, set training.gradient_checkpointing: true, or adapt less.",
         )
 
     def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
@@ -197,7 +207,8 @@ class Loop:
             if trainee.skipped < SKIPS_IN_A_ROW:
                 return
         trainee.optimizer.zero_grad(set_to_none=True)
-        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime)
+        seed = combine(trainee.member.spec.seed, 4, step)
+        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime, seed)
         rows = describe_rows(self.data, self.where, bad or [int(r) for r in trainee.plan.rows(step)])
         self.hooks.fail(
             {"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
@@ -218,7 +229,7 @@ class Loop:
     def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
         """Add a step to the meters, and write a row every `log_every` steps."""
         rows = trainee.plan.rows(step)
-        tokens, units = int(self.data.lengths[rows].sum()), int(self.data.units[rows].sum())
+        tokens, units = int(self.data.lengths[rows].sum()), self.data.units[rows].sum().item()
         trainee.total_tokens += tokens
         trainee.train_seconds += seconds
         if not measured and step > 1:
@@ -230,7 +241,7 @@ class Loop:
         row = {
             "step": step,
             "epoch": step / trainee.plan.steps_per_epoch,
-            "loss": window["loss"] / max(1, window["units"]),
+            "loss": window["loss"] / (window["units"] or 1),
             "learning_rate": trainee.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens_per_second": window["tokens"] / window["seconds"],
@@ -244,10 +255,11 @@ class Loop:
         for trainee in self.trainees:
             if trainee.stopped or self.hooks.evaluate is None:
                 continue
-            metrics = self.hooks.evaluate(trainee.member)
-            trainee.evaluations.append({"step": step, **metrics})
-            self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
-            self._judge(trainee, step, float(metrics[self.task.primary]))
+            with averaged(trainee.member, trainee.average):
+                metrics = self.hooks.evaluate(trainee.member)
+                trainee.evaluations.append({"step": step, **metrics})
+                self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
+                self._judge(trainee, step, float(metrics[self.task.primary]))
 
     def _judge(self, trainee: Trainee, step: int, value: float) -> None:
         """Early stopping and the best weights so far."""
@@ -263,14 +275,16 @@ class Loop:
             trainee.waited += 1
         trainee.stopped = bool(stopping and trainee.waited >= stopping.patience)
 
-    def _restore_best(self) -> None:
+    def _final_weights(self) -> None:
+        """The best evaluation's weights, the average, or the last."""
         for trainee in self.trainees:
+            average = trainee.average.tensors if trainee.average is not None else {}
             with torch.no_grad():
-                for name, tensor in trainee.best_tensors.items():
+                for name, tensor in (trainee.best_tensors or average).items():
                     trainee.member.tensors[name].copy_(tensor)
 
     def _resident(self, trainee: Trainee) -> list[torch.Tensor]:
-        """Tensors that live from step to step: all weights and buffers, every member's optimizer state."""
+        """Tensors that live from step to step: all weights and buffers, every member's optimizer state and average."""
         states = [
             v
             for t in self.trainees
@@ -279,7 +293,8 @@ class Loop:
             if isinstance(v, torch.Tensor)
         ]
         weights = [own_part(tensor) for tensor in (*self.group.model.parameters(), *self.group.model.buffers())]
-        return [*weights, *states]
+        averages = [v for t in self.trainees if t.average is not None for v in t.average.tensors.values()]
+        return [*weights, *states, *averages]
 
     def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:
         return row if len(self.trainees) == 1 else {"member": trainee.member.spec.name, **row}

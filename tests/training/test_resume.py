@@ -252,7 +252,7 @@ def test_free_settings_may_change(stopped, tmp_path):
 def test_another_machine_is_told(stopped, monkeypatch, capfd):
     """Other versions, threads or hardware may give other bits: said, and recorded."""
     here = machine()
-    monkeypatch.setattr("peft_engine.run.machine", lambda: here | {"cpu_threads": 99})
+    monkeypatch.setattr("peft_engine.session.machine", lambda: here | {"cpu_threads": 99})
     assert train(stopped, resume=True, quiet=False)["resumed_with_other"] == ["cpu_threads"]
     assert "cpu_threads" in capfd.readouterr().err
 

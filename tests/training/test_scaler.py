@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import Crash, changed, crash_at, outcome, small
 
-from peft_engine import run
+from peft_engine import session as run
 from peft_engine.config import Config
 from peft_engine.errors import Diverged
 from peft_engine.run import train
