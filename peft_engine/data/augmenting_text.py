@@ -78,13 +78,8 @@ def text_change(
             gaps = []
             if marks:
                 chosen, room = rng.integers(len(marks), size=len(own)), longest - int(keep.sum())
-                fits = (
-                    free[1:]
-                    & begins[own[1:]]
-                    & free[:-1]
-                    & (keep & ~starts)[1:]
-                    & (draws[2, 1:] < settings.punctuation)
-                )
+                may_begin = free & keep & ~starts & begins[own] & (draws[2] < settings.punctuation)
+                fits = may_begin[1:] & free[:-1]
                 for at in np.flatnonzero(fits) + 1:
                     mark = marks[chosen[at]]
                     room -= len(mark)
