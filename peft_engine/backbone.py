@@ -46,8 +46,8 @@ class Backbone:
     new_modules: list[str] = field(default_factory=list)
     peft_task: str | None = None
     weights_digest: str = ""
-    new_token_ids: list[int] = field(default_factory=list)
     decisions: dict[str, str] = field(default_factory=dict)
+    new_token_ids: list[int] = field(default_factory=list)
 
 
 def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
