@@ -71,7 +71,7 @@ def build_group(
     refuse_mixed_dtypes(group, runtime)
     if runtime.sharded:
         shard(group, runtime)
-    processes.copy_first([t.data for member in group.members for t in member.tensors.values()])
+    processes.copy_first([t.data for member in group.members for t in member.all_tensors().values()])
     if config.kernels != "off":
         group.fused = fuse(group.model, config.kernels)
         group.rows = row_seeds(group.model)

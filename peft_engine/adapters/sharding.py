@@ -1,7 +1,7 @@
 """FSDP2 over a frozen backbone: every process keeps its part of each frozen weight, and a block is whole while it runs.
 
-What trains is small and stays whole on every process, out of FSDP's hands: gradients are added up by the step as
-without sharding, checkpoints and adapters are written from plain tensors (trap 7), and a run may go on with another
+What the method adds is small and stays whole on every process, out of FSDP's hands: gradients are added up by the step
+as without sharding, checkpoints and adapters are written from plain tensors (trap 7), and a run may go on with another
 number of processes.
 """
 
@@ -27,7 +27,7 @@ def shard(group: Group, runtime: Runtime) -> None:
     backward.
     """
     model: Any = group.backbone.model
-    kept = {parameter for member in group.members for parameter in member.tensors.values()}
+    kept = {parameter for member in group.members for parameter in member.all_tensors().values()}
     assert any(parameter not in kept for parameter in model.parameters()), "refused by config_checks"
     for parameter in kept:
         parameter.data = parameter.data.to(runtime.device)

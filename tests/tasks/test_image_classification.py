@@ -20,7 +20,7 @@ from peft_engine.config import ModelConfig
 from peft_engine.errors import ConfigError
 from peft_engine.run import train
 from peft_engine.tasks.pixels import load_pixels
-from peft_engine.training.step import cut, gradients
+from peft_engine.training.step import gradients
 from peft_engine.using import evaluate, export, predict
 
 AUGMENTED = {"augment": {"image": {"flip": 0.5, "crop": 0.2, "colour": 0.3, "randaugment": 1}}}
@@ -161,7 +161,7 @@ def grads_of(made: Any, size: int, seed: int = 5) -> tuple[float, dict[str, torc
     member = made.group.members[0]
     torch.manual_seed(seed)
     rows = np.arange(10)
-    parts = cut(rows, size)
+    parts = [rows[i : i + size] for i in range(0, 10, size)]
     data = made.data["train"]
     found = gradients(made.group, made.task, data, parts, 10, list(member.tensors.values()), made.runtime, seed)
     grads = {name: t.grad.clone() for name, t in member.tensors.items() if t.grad is not None}
