@@ -36,6 +36,8 @@ def find_targets(backbone: Backbone, settings: AdapterConfig, norms: bool = Fals
                 f"head of {type(backbone.model).__name__}.",
                 "Name modules that it has, or use adapter.method: full.",
             )
+        if isinstance(backbone.model.get_submodule(found[0]), nn.Conv2d):
+            backbone.decisions["adapter.targets"] = f"all-linear found none, so {len(found)} convolutions are adapted"
     elif isinstance(settings.targets, str):
         found = _by_expression(settings.targets, names, linear)
     else:

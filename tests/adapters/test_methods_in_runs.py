@@ -208,6 +208,12 @@ def test_layers_of_every_method(method: str, layers: Any, there: int) -> None:
     assert not any(f".layers.{1 - there}." in name for name in found)
 
 
+def test_convolutions_stand_in_for_linears_and_it_is_said() -> None:
+    group = group_of("lora", "resnet")
+    assert group.decisions()["adapter.targets"] == "all-linear found none, so 6 convolutions are adapted"
+    assert "adapter.targets" not in group_of("lora", "vit").decisions()
+
+
 def test_more_layers_than_there_are() -> None:
     with pytest.raises(ConfigError, match=r"adapter.layers: last: 3, but targets are in 2 layers only"):
         group_of("lora", "llama", layers={"last": 3})
