@@ -6,9 +6,10 @@
 
 Rows are those of the named files of .assets/data, as prompt and completion. Sides: `loose` (rows as they come) and
 `grouped` (data.group_by_length), each padded and packed. Padded and packed sides of one order take the same rows at
-every step, in turn, in one process with one model, so that noise of the machine meets both; steps are whole: forward,
+every step, in turn, in one process with one model, so that noise of the machine meets both. Steps are whole: forward,
 loss, backward, clipping, AdamW (at rate 0, so that both sides must find the same loss). `cpu_seconds` are the process's
-own, which a busy machine changes less than those of the clock. `padding_share` is the share of computed positions that hold no token, over an epoch.
+own, which a busy machine changes less than those of the clock. `padding_share` is the share of computed positions that
+hold no token, over an epoch.
 """
 
 import argparse
