@@ -6,8 +6,10 @@
 
 Rows are those of the named files of .assets/data, as prompt and completion. Sides: `loose` (rows as they come) and
 `grouped` (data.group_by_length), each padded and packed. Padded and packed sides of one order take the same rows at
-every step, in turn, in one process with one model, so that noise of the machine meets both; steps are whole: forward,
-loss, backward, clipping, AdamW. `padding_share` is the share of computed positions that hold no token, over an epoch.
+every step, in turn, in one process with one model, so that noise of the machine meets both. Steps are whole: forward,
+loss, backward, clipping, AdamW (at rate 0, so that both sides must find the same loss). `cpu_seconds` are the process's
+own, which a busy machine changes less than those of the clock. `padding_share` is the share of computed positions that
+hold no token, over an epoch.
 """
 
 import argparse
@@ -114,37 +116,43 @@ def measure(config: Any, task: Any, data: Any, plans: dict[str, Any], size: int,
     group = build_group(task, config, runtime, data)
     member = group.members[0]
     tensors = list(member.tensors.values())
-    optimizer = torch.optim.AdamW(tensors, lr=1e-5)
+    optimizer = torch.optim.AdamW(tensors, lr=0.0)
     group.activate(member)
     group.model.train()
     train = data["train"]
     seconds: dict[str, list[float]] = {name: [] for name in plans}
+    cpu: dict[str, list[float]] = {name: [] for name in plans}
     losses: dict[str, list[float]] = {name: [] for name in plans}
     tokens: dict[str, int] = dict.fromkeys(plans, 0)
     for turn in range(args.repeats + 1):
         for name, plan in plans.items():
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             pieces = plan.micro_batches(turn + 1, size)
             units = int(train.units[plan.rows(turn + 1)].sum())
-            found = gradients(group, task, train, pieces, units, tensors, runtime, 0)
-            clip(tensors, found.norm, 1.0)
+            step = gradients(group, task, train, pieces, units, tensors, runtime, 0)
+            clip(tensors, step.norm, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses[name].append(float(found.loss))
+            losses[name].append(float(step.loss))
             if turn:  # one to warm up
                 seconds[name].append(time.perf_counter() - began)
+                cpu[name].append(time.process_time() - cpu_began)
                 tokens[name] += int(train.lengths[plan.rows(turn + 1)].sum())
     told: dict[str, Any] = {}
     for name in plans:
         base = name.split(",")[0]
         told[name] = {
             "step_seconds": statistics.median(seconds[name]),
+            "cpu_seconds": statistics.median(cpu[name]),
             "tokens_per_second": tokens[name] / sum(seconds[name]),
             "losses": losses[name],
         }
         if name != base:
-            pairs = zip(seconds[name], seconds[base], strict=True)
-            told[name]["seconds_over_padded"] = statistics.median(a / b for a, b in pairs)
+            for kind, found in (("seconds", seconds), ("cpu_seconds", cpu)):
+                pairs = zip(found[name], found[base], strict=True)
+                told[name][f"{kind}_over_padded"] = statistics.median(a / b for a, b in pairs)
+            apart = max(abs(a - b) / b for a, b in zip(losses[name], losses[base], strict=True))
+            assert apart < 1e-4, f"{name} found other losses than {base}: {losses[name]}, {losses[base]}"
     return told
 
 
