@@ -1,7 +1,7 @@
 # make setup       .venv with everything, editable        make test        the tests (minutes)
 # make assets      real models and data into .assets/     make test-slow   the long ones
-# make assets-more the models and data that only some configs need (images)
 # make quickstart  fine-tune, export, use: the main job   make check       ruff, mypy, layout
+# make assets-more  what configs/ of further tasks need (npm for one)
 # make mutants     take each guard out, see a test fail   make clean       .venv and caches
 # make kernels-aot compile every Triton kernel for GPUs (none needed); registers, spills, instructions
 .PHONY: help setup assets assets-more quickstart test test-slow check mutants kernels-aot clean

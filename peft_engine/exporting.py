@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapters.files import save_adapter
 from .adapters.group import Group, Member
+from .adapters.new_rows import grow
 from .adapters.peft_methods import trim_prompts
 from .backbone import embeddings_of
 from .config import Config
@@ -104,6 +105,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         trust_remote_code=settings.trust_remote_code,
         dtype=group.backbone.model.dtype,
     )
+    grow(base, task.processor, settings.new_tokens)
     plain = PeftModel.from_pretrained(base.to(next(group.model.parameters()).device), str(folder))
     trim_prompts(plain)
     return _judge(trained, _logits(plain, batch, task.plain_logits), group, "The adapter loaded in plain peft")

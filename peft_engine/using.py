@@ -14,6 +14,7 @@ import numpy as np
 
 from .adapters.files import load_adapter
 from .adapters.group import Group
+from .adapters.new_rows import with_new_tokens
 from .building import refuse_too_long
 from .config import Config
 from .config_checks import LABELLED, PREFERENCE
@@ -59,7 +60,8 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
         raise StorageError(f"{folder / 'adapter' / LABELS} is missing.", "Restore it, or train again.")
     runtime = start(config)
     task = make_task(config, labels)
-    group = load_adapter(task.load(runtime.device), config, folder / "adapter")
+    backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
+    group = load_adapter(backbone, config, folder / "adapter")
     return Opened(folder, config, labels, task, runtime, group)
 
 

@@ -14,6 +14,8 @@ import pytest
 
 import assets as fetcher
 from asset_recipes import ASSETS, Asset, Package, convert_e2e_nlg, convert_past_tense, convert_sarcasm
+from asset_recipes_text import convert_brown, convert_vitaminc, universal_tag
+from assets import MORE
 
 ROWS = b'{"a": 1}\n{"a": 2}\n'
 
@@ -104,7 +106,7 @@ def test_a_download_with_another_digest_is_not_used(rows, root, monkeypatch):
 
 
 def test_pip_that_gets_another_file_is_told_apart():
-    message = fetcher.explain_pip(ASSETS[0].package, "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n")
+    message = fetcher.explain(ASSETS[0].package, "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n")
     assert "is not the file that was checked" in message
 
 
@@ -151,7 +153,7 @@ def test_command_line_names_what_there_is():
     assert "'minilmm'" in wrong.stderr
     assert "bert-tiny" in wrong.stderr
     listed = subprocess.run([sys.executable, script, "--list"], capture_output=True, text=True)
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == [asset.name for asset in ASSETS]
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [asset.name for asset in (*ASSETS, *MORE)]
 
 
 @pytest.mark.assets
@@ -161,3 +163,61 @@ def test_what_was_made_is_what_the_table_says(assets):
         for name, digest in asset.digests.items():
             made = assets / asset.target
             assert fetcher.sha256_of(made / name if made.is_dir() else made) == digest
+
+
+@pytest.mark.parametrize(
+    ("tag", "universal"),
+    [
+        ("nn", "NOUN"),
+        ("np$-tl", "NOUN"),
+        ("vbn-tl-hl", "VERB"),
+        ("bedz*", "VERB"),
+        ("ppss+md", "PRON"),
+        ("pp$", "DET"),
+        ("fw-nn-tl", "X"),
+        ("*", "ADV"),
+        ("*-hl", "ADV"),
+        ("--", "."),
+        (",-hl", "."),
+        ("in-tl", "ADP"),
+        ("cd$", "NUM"),
+    ],
+)
+def test_brown_tags_become_universal(tag, universal):
+    assert universal_tag(tag) == universal
+
+
+def test_an_unknown_tag_is_no_silent_x():
+    with pytest.raises(ValueError, match="'qq'"):
+        universal_tag("qq")
+
+
+def test_rows_of_the_further_data(tmp_path):
+    convert_brown({"package/ca01": b"\n\n\tThe/at 1/2/cd men/nns ,/, etc/rb ./.\n\n"}, tmp_path)
+    row = json.loads((tmp_path / "brown-pos.jsonl").read_text())
+    assert row["tokens"] == ["The", "1/2", "men", ",", "etc", "."]
+    assert row["tags"] == ["DET", "NUM", "NOUN", ".", "ADV", "."]
+    example = {"input": "A: b .\nClaim: c", "target_scores": {"True": 0, "False": 0, "Neither": 1}}
+    convert_vitaminc({"task.json": json.dumps({"examples": [example]}).encode()}, tmp_path)
+    assert json.loads((tmp_path / "vitaminc.jsonl").read_text()) == {
+        "claim": "c", "evidence": "A: b .", "label": "Neither",
+    }  # fmt: skip
+    assert len({asset.name for asset in (*ASSETS, *MORE)}) == len(ASSETS) + len(MORE)
+
+
+def test_npm_is_asked_only_for_its_packages(root, monkeypatch):
+    """Its file is checked as pip's is; without npm the message says so."""
+    wanted = Asset("n", Package("n@1", "npm", "0" * 64, 1), "data/n", ("package/n",), write_through, {}, "MIT")
+    monkeypatch.setattr(fetcher.shutil, "which", lambda name: None)
+    with pytest.raises(fetcher.AssetError, match="npm is not installed"):
+        fetcher.fetch([wanted], root)
+
+    def fake(command, **rest):
+        assert command[:2] == ["npm", "pack"]
+        (Path(command[command.index("--pack-destination") + 1]) / "n-1.tgz").write_bytes(b"other")
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(fetcher.shutil, "which", lambda name: "/bin/npm")
+    monkeypatch.setattr(fetcher.subprocess, "run", fake)
+    with pytest.raises(fetcher.AssetError, match="expected 0000"):
+        fetcher.fetch([wanted], root)

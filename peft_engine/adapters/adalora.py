@@ -1,7 +1,8 @@
 """AdaLoRA (Zhang et al. 2023): ranks that move between modules during training.
 
 peft adds the orthogonality term where a model's own forward returns a loss, and moves ranks when it is called after
-each optimizer step. The engine computes losses outside, so it asks here for the term, once per step, and calls peft itself.
+each optimizer step. The engine computes losses outside, so it asks here for the term, once per step, and calls peft
+itself.
 """
 
 from dataclasses import replace

@@ -2,16 +2,14 @@
 transformer. It starts as nothing: the way up is zero.
 
 `houlsby` (Houlsby et al. 2019) sits after every attention and after the MLP, `pfeiffer` (Pfeiffer et al. 2021) after
-the MLP, each on what the block gives before it is added to the residual: y + up(act(down(y))). `parallel` (He et al. 2022)
-runs beside the MLP on its input: MLP(x) + alpha/rank · up(act(down(x))).
+the MLP, each on what the block gives before it is added to the residual: y + up(act(down(y))). `parallel` (He et al.
+2022) runs beside the MLP on its input: MLP(x) + alpha/rank · up(act(down(x))).
 
 Places are found by structure. A layer is an element of an outermost ModuleList with linears in it; its last linear ends
 the MLP; what comes before the MLP and ends in the same width is attention. The linear there gets a subclass and the
 adapter as a submodule, so that hooks, gradient checkpointing and the names of the model's own tensors stay.
 """
 
-import functools
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,7 @@ from ..backbone import LINEAR_TYPES, Backbone
 from ..config import AdapterConfig, Config
 from ..errors import ConfigError
 from ..runtime import seed_everything
+from .fusing.state import once_each
 from .group import Group, Member, MemberSpec, initialise
 from .targets import find_modules_to_save, in_layers
 
@@ -184,8 +183,6 @@ def _insert(model: nn.Module, name: str, layer: Layer, settings: dict[str, Any])
     place.__class__ = _subclass(BesideMLP, type(place))
 
 
-@functools.cache
-def _subclass(mixin: Hashable, cls: Hashable) -> Any:
-    assert isinstance(mixin, type)
-    assert isinstance(cls, type)
+@once_each
+def _subclass(mixin: Any, cls: Any) -> Any:
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})

@@ -7,6 +7,7 @@ result depends neither on micro-batches nor on the number of processes.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ class DataStart:
     """What a start from data needs of the run.
 
     Attributes:
-        batches: seed → the training batches in the order of that member, on the device, each with its units, without
-            an end.
+        batches: (seed, rows) → the training batches in the order of that member, on the device, each with its units,
+            without an end; each is joined with those after it until it has so many rows.
         forward: (model, batch) → logits.
         loss: (model, batch) → summed loss of the batch, a scalar.
     """
 
-    batches: Callable[[int], Iterator[tuple[dict[str, Tensor], int]]]
+    batches: Callable[[int, int], Iterator[tuple[dict[str, Tensor], float]]]
     forward: Callable[[nn.Module, dict[str, Tensor]], Any]
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
@@ -45,11 +46,14 @@ class DataStart:
 class _Limited:
     """Batches from the first one at every iteration; an error where they are too many in all."""
 
-    def __init__(self, start: DataStart, seed: int) -> None:
-        self.start, self.seed, self.seen = start, seed, 0
+    def __init__(self, start: DataStart, seed: int, rows: int) -> None:
+        self.start, self.seed, self.rows, self.seen = start, seed, rows, 0
+
+    def __len__(self) -> int:
+        return EVA_BATCHES
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch, _ in self.start.batches(self.seed):
+        for batch, _ in self.start.batches(self.seed, self.rows):
             if self.seen == EVA_BATCHES:
                 raise ConfigError(
                     f"adapter.init: eva has not converged after {EVA_BATCHES} batches.",
@@ -59,20 +63,29 @@ class _Limited:
             yield batch
 
 
-def start_eva(model: PeftModel, backbone: Backbone, targets: list[str], start: DataStart, spec: MemberSpec) -> None:
-    """Set A to the principal directions of each module's inputs, and share the ranks out by what they explain."""
-    other = [name for name in targets if not isinstance(_base(model, name), LINEAR_TYPES)]
+def refuse_eva(backbone: Backbone, targets: list[str]) -> None:
+    """Raise ConfigError for what EVA would leave at its default start, or read under the wrong mask."""
+    modules = [(name, backbone.model.get_submodule(name)) for name in targets]
+    other = [f"{name}, a {type(module).__name__}" for name, module in modules if not isinstance(module, LINEAR_TYPES)]
     if other or backbone.peft_task == "SEQ_2_SEQ_LM":
-        what = f"{other[0]}, a {type(_base(model, other[0])).__name__}" if other else "models with two stacks"
+        what = other[0] if other else "models with two stacks"
         raise ConfigError(
             f"adapter.init: eva reads the inputs of linears under one mask; it can't start {what}.",
             "Use init: default, or other targets.",
         )
+
+
+def start_eva(model: PeftModel, start: DataStart, spec: MemberSpec) -> None:
+    """Set A to the principal directions of each module's inputs, and share the ranks out by what they explain."""
     seed_everything(spec.seed, 2)
+    settings: Any = model.peft_config[spec.name]
+    # a pooler sees one position of each text, and peft passes over batches with fewer than it has directions
+    few = settings.task_type != "CAUSAL_LM"
+    rank = max([settings.r, *settings.rank_pattern.values()])
     try:
         initialize_lora_eva_weights(
             model,
-            _Limited(start, spec.seed),
+            _Limited(start, spec.seed, ceil(rank * settings.eva_config.rho) if few else 0),
             forward_fn=start.forward,
             prepare_model_inputs_fn=_mask,
             prepare_layer_inputs_fn=_rows,
@@ -80,6 +93,8 @@ def start_eva(model: PeftModel, backbone: Backbone, targets: list[str], start: D
             gather_distributed_inputs=False,  # every process reads the same batches
             show_progress_bar=False,
         )
+    except ConfigError:
+        raise
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"adapter.init: peft can't start eva: {error}", "Use another init.") from error
 
@@ -94,8 +109,8 @@ def start_lora_ga(backbone: Backbone, settings: LoraConfig, start: DataStart, sp
     seed_everything(spec.seed, 2)
 
     def run() -> None:
-        for batch, units in islice(start.batches(spec.seed), GRADIENT_BATCHES):
-            (start.loss(model, batch) / units).backward()  # type: ignore[no-untyped-call]
+        for batch, units in islice(start.batches(spec.seed, 0), GRADIENT_BATCHES):
+            (start.loss(model, batch) / units).backward()
 
     try:
         preprocess_loraga(model, settings, run)
@@ -104,12 +119,6 @@ def start_lora_ga(backbone: Backbone, settings: LoraConfig, start: DataStart, sp
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-
-
-def _base(model: PeftModel, name: str) -> nn.Module:
-    module: Any = model.get_base_model().get_submodule(name)
-    base: nn.Module = module.get_base_layer()
-    return base
 
 
 def _mask(batch: dict[str, Tensor], settings: LoraConfig) -> Tensor | None:
@@ -124,5 +133,5 @@ def _rows(given: Any, positions: Tensor | None, name: str) -> Tensor:
     """Inputs of a module as rows: (n, in)."""
     x: Tensor = given if isinstance(given, Tensor) else given[0]
     if positions is None or x.dim() != 3:  # a pooler sees one position of each text
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1]).contiguous()
     return x[positions.T.unbind()]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone
-from ..config import Config
+from ..config import AdapterConfig, Config
 from ..config_options import NEEDS_DATA
 from ..errors import ConfigError
 from ..runtime import seed_everything
-from .data_start import DataStart, start_eva, start_lora_ga
+from .data_start import DataStart, refuse_eva, start_eva, start_lora_ga
 from .group import Group, Member, MemberSpec, initialise, plain_name
+from .new_rows import rows_to_train
 from .targets import find_modules_to_save, find_targets, shorten
 
 
@@ -37,6 +39,8 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: Dat
     settings = peft_settings(backbone, config)
     std = getattr(backbone.model.config, "initializer_range", 0.02)
     model: Any = None
+    if init == "eva":
+        refuse_eva(backbone, find_targets(backbone, config.adapter))
     if start and init == "lora-ga":
         start_lora_ga(backbone, settings, start, specs[0])
     for spec in specs:
@@ -49,7 +53,7 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: Dat
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"peft refuses this adapter: {error}", "Correct the adapter section.") from error
         if start and init == "eva":
-            start_eva(model, backbone, find_targets(backbone, config.adapter), start, spec)
+            start_eva(model, start, spec)
         for name in backbone.new_modules:
             wrapper = model.get_submodule(f"base_model.model.{name}")
             assert isinstance(wrapper, ModulesToSaveWrapper), name
@@ -77,6 +81,10 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
     options = dict(asked.options)
     if asked.init == "lora-ga":
         options.setdefault("lora_ga_config", LoraGAConfig())
+    _refuse_parameters(backbone, asked)
+    rows = rows_to_train(backbone)
+    if rows:
+        options["trainable_token_indices"] = rows
     saved = find_modules_to_save(backbone, asked.modules_to_save)
     try:
         return LoraConfig(
@@ -97,6 +105,26 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft refuses this adapter: {error}", "Correct adapter.options.") from error
+
+
+def _refuse_parameters(backbone: Backbone, asked: AdapterConfig) -> None:
+    """Names of `target_parameters` (a MoE's experts) that match nothing, which peft passes over (trap 21)."""
+    wanted = asked.options.get("target_parameters") or []
+    names = [name for name, _ in backbone.model.named_parameters()]
+    for ending in wanted:
+        if not any(name == ending or name.endswith(f".{ending}") for name in names):
+            near = get_close_matches(
+                ending, {n.split(".", 1)[-1] for n in names} | {n.rpartition(".")[2] for n in names}
+            )
+            raise ConfigError(
+                f"adapter.options.target_parameters: {ending!r} matches no parameter of this model.",
+                f"Nearest: {', '.join(near)}." if near else "Name parameters such as mlp.experts.gate_up_proj.",
+            )
+    if wanted and asked.layers is not None:
+        raise ConfigError(
+            "adapter.layers: it does not reach the parameters of options.target_parameters.",
+            "Write full parameter names there, and leave adapter.layers out.",
+        )
 
 
 def refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None:

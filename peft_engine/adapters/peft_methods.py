@@ -76,8 +76,8 @@ def peft_method(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> 
 
 def refusal(method: str, error: Exception) -> ConfigError:
     """peft's own words as an error of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"adapter.method: peft refuses {method} here: {text}", "Correct the adapter section.")
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return ConfigError(f"adapter.method: peft refuses {method} here: {text}.", "Correct the adapter section.")
 
 
 def peft_settings(backbone: Backbone, config: Config) -> tuple[PeftConfig, list[str]]:
@@ -169,6 +169,11 @@ def refuse_failing(group: Group, forward: Callable[[nn.Module], Any]) -> None:
 def _refuse_shared(method: str, members: list[Member]) -> None:
     seen: dict[int, str] = {}
     for member in members:
+        if member.tensors.keys() != members[0].tensors.keys():  # peft's lily gives a second adapter other sharing
+            raise ConfigError(
+                f"adapter.method: peft gives a second adapter of {method} other tensors than the first.",
+                "Use lora for a group, or run the members one by one.",
+            )
         for name, tensor in member.tensors.items():
             if seen.setdefault(id(tensor), member.spec.name) != member.spec.name:
                 raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError, StorageError
+from .images import require_pillow
 from .parsing import Row
 from .reading import Rows
 
@@ -20,17 +21,20 @@ IDX_IMAGES, IDX_LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 SHARED = "an array per part, all with one entry per image"
 
 
-def read_images(source: str, labelled: bool) -> Rows | None:
-    """Rows of an image folder, an `.npz` or an IDX file; None where `source` is none of these.
+def read_images(source: str, task: str, labelled: bool) -> Rows | None:
+    """Rows of an image folder, an `.npz` or an IDX file; None where `source` is none of these, or `task` takes none.
 
     Args:
         labelled: rows need a class. Without, a folder may hold images at any depth.
 
     Raises:
-        ConfigError: a folder that is not laid out by classes, or an IDX file without its labels.
+        ConfigError: a folder that is not laid out by classes, an IDX file without its labels, or no Pillow.
         DataError: there is no image, or the file is damaged.
         StorageError: the operating system refuses to read it.
     """
+    if task != "image-classification":
+        return None
+    require_pillow()
     path = Path(source).expanduser()
     name = path.name.lower()
     try:

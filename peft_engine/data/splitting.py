@@ -19,7 +19,6 @@ from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, repeated
 from .formats import Example, Layout, find_layout
 from .image_sources import read_images
-from .images import require_pillow
 from .labels import Labels, find_labels, label_of
 from .mixing import describe_sources, name_of, sources_of
 from .near_duplicates import Near, find_near, method_for
@@ -115,10 +114,7 @@ def _load(
     clean = config.data.clean if need_label else CleanConfig()
     skip = clean.malformed == "drop"
     subset = config.data.subset
-    rows = None
-    if config.task == "image-classification":
-        require_pillow()
-        rows = read_images(source.path, need_label)
+    rows = read_images(source.path, config.task, need_label)
     rows = rows or read_rows(source.path, subset=subset, default_split=default_split, skip_malformed=skip)
     columns: dict[str, str] = dict(source.columns.items())
     layout = find_layout(rows, config.task, columns, need_label=need_label)

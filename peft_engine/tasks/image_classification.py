@@ -134,11 +134,13 @@ class ImageClassification:
         return [EncodedRow([0], 1, columns)]
 
     def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:
-        """`pixel_values`, float32 (rows, 3, height, width), and `label`."""
+        """`pixel_values`, float32 (rows, 3, height, width), `label`, and `weight` where classes are weighted."""
         batch = {"pixel_values": self.pixels.normalise(data.columns["pixels"][rows])}
         if "label" in data.columns:
             dtype = torch.int64 if self.labels.kind == "single" else torch.float32
             batch["label"] = torch.from_numpy(data.columns["label"][rows]).to(dtype)
+        if "weight" in data.columns:  # of the classes, in a training split that has them
+            batch["weight"] = torch.from_numpy(data.columns["weight"][rows]).float()
         return batch
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -153,7 +155,8 @@ class ImageClassification:
         """Sum over images: cross-entropy; mean over classes of binary cross-entropy; squared error."""
         logits = logits.float()
         if self.labels.kind == "single":
-            return F.cross_entropy(logits, batch["label"], reduction="sum")
+            each = F.cross_entropy(logits, batch["label"], reduction="none")
+            return (each * batch["weight"] if "weight" in batch else each).sum()
         if self.labels.kind == "multi":
             return F.binary_cross_entropy_with_logits(logits, batch["label"], reduction="none").mean(-1).sum()
         return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")

@@ -27,7 +27,7 @@ def settings_of(tiny_model: Callable[[str], Path], folder: Path, **more: Any) ->
     training = {"steps": STEPS, "batch_size": 4, "warmup": 0.0, "learning_rate": RATE, "max_grad_norm": None}
     return config(
         "causal-lm", tiny_model("llama"), rows, folder / "out",
-        adapter=adapter, data={"split": {"eval": 0.0, "test": 0.0}}, training=training | more.pop("training", {}), **more,
+        adapter=adapter, data={"split": {"eval": 0.0, "test": 0.0}}, training=training | more,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def plain_run(live: Assembled) -> tuple[Any, list[float]]:
 def test_the_engines_loop_is_pefts_own(
     kernels: str, micro: int, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    settings = settings_of(tiny_model, tmp_path, training={"micro_batch_size": micro, "schedule": "cosine"})
+    settings = settings_of(tiny_model, tmp_path, micro_batch_size=micro)
     live = assemble(settings.model_copy(update={"kernels": kernels}))
     model, losses = plain_run(live)
     rows = live.train(STEPS)

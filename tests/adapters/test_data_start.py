@@ -84,7 +84,9 @@ def test_lora_ga_is_pefts(tiny_model: Callable[[str], Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("init", ["eva", "lora-ga"])
-@pytest.mark.parametrize(("family", "task"), [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("bert", "text-classification")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("bert", "text-classification")]
+)
 def test_starts_as_the_model_and_comes_back(
     init: str, family: str, task: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

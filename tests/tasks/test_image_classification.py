@@ -1,5 +1,6 @@
 """Image classification end to end on tiny random models, against plain transformers and its own processors."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peft_engine.config import ModelConfig
 from peft_engine.errors import ConfigError
 from peft_engine.run import train
 from peft_engine.tasks.pixels import load_pixels
-from peft_engine.training.step import cut, gradients
+from peft_engine.training.step import gradients
 from peft_engine.using import evaluate, export, predict
 
 AUGMENTED = {"augment": {"image": {"flip": 0.5, "crop": 0.2, "colour": 0.3, "randaugment": 1}}}
@@ -117,6 +118,14 @@ def test_train_predict_and_export(family, models, images, tmp_path):
     ours = np.array([[row["probabilities"][name] for name in CLASSES] for row in rows])
     np.testing.assert_allclose(ours, torch.softmax(logits, -1).numpy(), atol=1e-4)
     assert {row["predicted"] for row in rows} <= set(CLASSES)
+    for folder in (Path(chosen.output) / "adapter", merged):  # what the cards say works
+        snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict[str, Any] = {}
+        exec(snippet.replace("THIS_FOLDER", str(folder)).replace("some.png", str(files[5])), names)
+        np.testing.assert_allclose(ours[5], torch.softmax(names["logits"], -1)[0].numpy(), atol=1e-4)
+    skipped = set(summary["kernels"]["skipped"].values())
+    assert skipped == (set() if family == "vit" else {"peft's Conv2d has no fused form"})
+    assert (family == "vit") == any("lora" in name for name in summary["kernels"]["swapped"])
     assert [model.config.id2label[i] for i in range(3)] == list(CLASSES)
 
 
@@ -152,7 +161,7 @@ def grads_of(made: Any, size: int, seed: int = 5) -> tuple[float, dict[str, torc
     member = made.group.members[0]
     torch.manual_seed(seed)
     rows = np.arange(10)
-    parts = cut(rows, size)
+    parts = [rows[i : i + size] for i in range(0, 10, size)]
     data = made.data["train"]
     found = gradients(made.group, made.task, data, parts, 10, list(member.tensors.values()), made.runtime, seed)
     grads = {name: t.grad.clone() for name, t in member.tensors.items() if t.grad is not None}
@@ -214,6 +223,20 @@ def test_loss_and_gradients_are_plain_transformers(models, assembled, images):
     want.backward()
     assert loss == pytest.approx(float(want.detach()), rel=1e-6)
     assert farthest({name: p.grad for name, p in plain.named_parameters()}, grads) <= 1e-5
+
+
+def test_class_weights_weigh_the_loss(assembled):
+    made = assembled("vit", data=AUGMENTED)
+    weights = torch.tensor([0.5, 2.0, 1.25])
+    labels = torch.from_numpy(made.data["train"].columns["label"]).long()
+    columns = {**made.data["train"].columns, "weight": weights[labels].numpy()}
+    weighted = dataclasses.replace(made.data["train"], columns=columns)
+    rows = np.arange(7)
+    batch = made.task.collate(*weighted.drawn(rows, 1))
+    logits = made.task.forward(made.group.model, batch).detach()
+    want = F.cross_entropy(logits, labels[:7], weight=weights, reduction="sum")
+    torch.testing.assert_close(made.task.loss(logits, batch), want)
+    assert "weight" not in made.task.collate(made.data["train"], rows)
 
 
 def test_a_new_head_gets_a_small_dropout_an_old_one_keeps_its_own(models, images, tmp_path, assembled):

