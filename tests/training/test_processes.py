@@ -310,15 +310,8 @@ def test_meters_are_joined(monkeypatch):
         evaluation.join(parts[0], Counter())
 
 
-def anonymous_bytes(process: int | None) -> int:
-    """What a process holds in memory that is no file's."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
+def test_sharding_takes_memory_off_every_process(tmp_path):
     """A frozen backbone of 25 million weights: same run, and each of two processes holds about half of it."""
     tokenizer = chatml(pad_token="<|endoftext|>")
     torch.manual_seed(0)
@@ -328,18 +321,14 @@ def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", pair_rows(12))
-    steps = {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "gradient_checkpointing": checkpointing}
+    steps = {"steps": 8, "batch_size": 4, "learning_rate": 1e-3}
     data = {"split": {"eval": 2 / 12, "test": 0.0}}
     one = config("causal-lm", tmp_path / "model", rows, tmp_path / "run", data=data, training=steps)
     train(one)
-    resident = {}
     for parallel in ("ddp", "fsdp"):
         several = changed(one, output=str(tmp_path / parallel), training__parallel=parallel)
-        run = Ranks("train", write_config(several, tmp_path / f"{parallel}.yaml"), folder=tmp_path / f"of-{parallel}")
-        metrics = Path(several.output) / "metrics.jsonl"
-        assert run.engines[0].wait_for(lambda metrics=metrics: last_step(metrics) >= 5)
-        resident[parallel] = max(anonymous_bytes(engine.process.pid) for engine in run.engines)
-        assert [ended.code for ended in run.wait()] == [0, 0]
+        path = write_config(several, tmp_path / f"{parallel}.yaml")
+        assert [ended.code for ended in Ranks("train", path, folder=tmp_path / f"of-{parallel}").wait(300)] == [0, 0]
     whole, parts = (
         same_run(one, changed(one, output=str(tmp_path / parallel)))["processes"]["each"]
         for parallel in ("ddp", "fsdp")
@@ -348,4 +337,3 @@ def test_sharding_takes_memory_off_every_process(checkpointing, tmp_path):
         assert before["model_bytes"] > weights
         assert after["model_bytes"] < 0.55 * before["model_bytes"]
         assert after["peak_bytes"] < before["peak_bytes"] - 0.3 * weights
-    assert resident["fsdp"] < resident["ddp"] - 0.25 * weights, resident
