@@ -73,21 +73,6 @@ def gradients(
     return Gradients(total, norm)
 
 
-def _noise(
-    group: Group, data: EncodedSet, batch: Batch, held: Batch, rows: Any, seed: int
-) -> AbstractContextManager[None]:
-    """NEFTune's noise on this batch's embeddings, where it is asked for. `held` is the batch on the CPU."""
-    if group.noise is None:
-        return nullcontext()
-    packs = getattr(rows, "packs", None)
-    if packs is None:
-        samples = padded_samples(held["attention_mask"], sample_seeds(seed, rows))
-    else:
-        seeds = [sample_seeds(seed, pack).tolist() for pack in packs]
-        samples = packed_samples([data.lengths[pack].tolist() for pack in packs], seeds)
-    return group.noise.during(batch["input_ids"], samples)
-
-
 def sample_seeds(seed: int, rows: np.ndarray) -> Tensor:
     """One 64-bit number per row of the data, int64 (rows,), for this member and step."""
     words = np.random.SeedSequence(seed).generate_state(1, np.uint64) + rows.astype(np.uint64) * GOLDEN
@@ -118,3 +103,18 @@ def _sum_over_processes(tensors: Sequence[nn.Parameter], total: Tensor, runtime:
         tensor.grad.copy_(flat[start : start + tensor.numel()].view_as(tensor))
         start += tensor.numel()
     return flat[0]
+
+
+def _noise(
+    group: Group, data: EncodedSet, batch: Batch, held: Batch, rows: Any, seed: int
+) -> AbstractContextManager[None]:
+    """NEFTune's noise on this batch's embeddings, where it is asked for. `held` is the batch on the CPU."""
+    if group.noise is None:
+        return nullcontext()
+    packs = getattr(rows, "packs", None)
+    if packs is None:
+        samples = padded_samples(held["attention_mask"], sample_seeds(seed, rows))
+    else:
+        seeds = [sample_seeds(seed, pack).tolist() for pack in packs]
+        samples = packed_samples([data.lengths[pack].tolist() for pack in packs], seeds)
+    return group.noise.during(batch["input_ids"], samples)
