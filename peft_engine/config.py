@@ -336,7 +336,8 @@ class TrainingConfig(Section):
     """NEFTune (Jain et al. 2023): uniform noise on the input embeddings in training, scaled by alpha/sqrt(length x
     width); null is off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Exponential moving average of the trained weights; evaluations and the saved adapter use the average."""
+    """Exponential moving average of the trained weights after each update (its start corrected, so that a short run is
+    not held back by the weights it began with); evaluations and the saved adapter use the average."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: `ddp` holds the backbone on each, `fsdp` shares its frozen weights out (FSDP2)."""
     deterministic: bool = True
@@ -398,8 +399,9 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
     """Limits and the price."""
     report_to: Literal["none"] | list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = "none"
-    """Trackers that get metrics.jsonl's rows as well (each an optional package); wandb runs offline unless you are
-    logged in and WANDB_MODE says otherwise."""
+    """Trackers that get the numbers of metrics.jsonl as well (each an optional package). Their files stay in
+    `<output>/trackers`; wandb is offline unless WANDB_MODE says otherwise, mlflow local unless MLFLOW_TRACKING_URI
+    does."""
     output: str
     """Run directory."""
 

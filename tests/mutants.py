@@ -159,9 +159,9 @@ REMOVALS = (
     R("10", "training/state.py", '        "window",\n', "", "resume_repeats_and_skips_no_sample"),
     R("10", "run_directory.py", 'if row["step"] <= step:', "if True:", "resume_repeats_and_skips_no_sample"),
     # 11
-    R("11", "training/checkpoint.py", 'if live[key] != manifest["tensors"][name].get(key)]', "if False]",
+    R("11", "training/checkpoint.py", 'if found[key] != expected.get(key)]', "if False]",
       "every_restored_tensor_is_compared"),
-    R("11", "training/checkpoint.py", "parameter.copy_(tensors[key])", "pass", "the_adapter_is_restored"),
+    R("11", "training/checkpoint.py", "tensor.copy_(tensors[key])", "pass", "the_adapter_is_restored"),
     R("11", "training/checkpoint.py", "digest_file(path) != digest", "False", "altered_files_are_refused"),
     R("11", "training/checkpoint.py", "manifest = verify_files(checkpoint)", "manifest = _read_manifest(checkpoint)",
       "altered_files_are_refused missing_files_are_refused"),

@@ -103,7 +103,7 @@ def test_a_fault_that_matters_ends_with_1_and_the_rest_is_still_told(monkeypatch
     assert "training              broken     ValueError: no arms" in ended.output
     assert "several processes     works" in ended.output
     assert "doctor: training fails here" in str(ended.exception)
-    assert json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)["ok"] is False
+    assert json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["ok"] is False
 
 
 def test_processes_that_fail_to_meet_are_broken(monkeypatch, tmp_path):

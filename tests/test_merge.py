@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from comparing import changed
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import chat_rows, class_rows, config, make_model, write_rows
 from transformers import AutoModelForCausalLM
 
+from peft_engine.cli import cli
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError
 from peft_engine.merging import merge
@@ -168,6 +170,17 @@ def test_heads_are_not_added_up(tiny_model, tmp_path):
     write_rows(tmp_path / "new.jsonl", [{"text": "a cat"}])
     assert predict(tmp_path / "out", str(tmp_path / "new.jsonl"))[0]["predicted"] in ("no", "yes")
     assert export(tmp_path / "out")[1].relative < 1e-3
+
+
+def test_the_verb(runs, tmp_path):
+    words = [f"{runs / 'a'}=0.7", str(runs / "bb"), "--to", str(tmp_path / "out"), "--method", "svd", "--rank", "3"]
+    found = json.loads(CliRunner().invoke(cli, ["merge", *words, "--json"]).stdout)
+    assert (found["folder"], found["rank"]) == (str(tmp_path / "out"), 3)
+    sources = json.loads((tmp_path / "out/run.json").read_text())["merged"]["sources"]
+    assert [s["weight"] for s in sources] == [0.7, 1.0]
+    words[0] = f"{runs / 'a'}=half"
+    with pytest.raises(ConfigError, match="expected RUN=WEIGHT with a number"):
+        CliRunner().invoke(cli, ["merge", *words], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

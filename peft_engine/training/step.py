@@ -70,11 +70,12 @@ def gradients(
     for place, rows in enumerate([*micro_batches, *idle]):
         held = collated(task, data, rows, seed)
         batch = to_device(held, runtime.device)
+        seeds = sample_seeds(seed, rows)
+        if "place" in held:  # a row that is read several times (choices) has as many samples
+            seeds = seeds[held["row"]] + held["place"] * PLACES_APART
         if group.rows is not None:
-            seeds = sample_seeds(seed, rows).to(runtime.device)
-            # a row that is read several times (choices) has as many samples
-            group.rows.seeds = seeds[batch["row"]] + batch["place"] * PLACES_APART if "place" in batch else seeds
-        with _noise(group, data, batch, held, rows, seed):  # also over backward: a replay needs it again
+            group.rows.seeds = seeds.to(runtime.device)
+        with _noise(group, data, batch, held, rows, seed, seeds):  # also over backward: a replay needs it again
             with accelerator.autocast():
                 loss = task.training_loss(group.model, batch) / units
                 if place >= len(micro_batches):
@@ -92,16 +93,16 @@ def gradients(
 
 
 def _noise(
-    group: Group, data: EncodedSet, batch: Batch, held: Batch, rows: np.ndarray | Packs, seed: int
+    group: Group, data: EncodedSet, batch: Batch, held: Batch, rows: np.ndarray | Packs, seed: int, seeds: Tensor
 ) -> AbstractContextManager[None]:
     """NEFTune's noise on this batch's embeddings, where it is asked for. `held` is the batch on the CPU."""
     if group.noise is None:
         return nullcontext()
     if isinstance(rows, Packs):
-        seeds = [sample_seeds(seed, pack).tolist() for pack in rows.packs]
-        samples = packed_samples([data.lengths[pack].tolist() for pack in rows.packs], seeds)
+        named = [sample_seeds(seed, pack).tolist() for pack in rows.packs]
+        samples = packed_samples([data.lengths[pack].tolist() for pack in rows.packs], named)
     else:
-        samples = padded_samples(held["attention_mask"], sample_seeds(seed, rows))
+        samples = padded_samples(held["attention_mask"], seeds)
     return group.noise.during(batch["input_ids"], samples)
 
 
