@@ -1,10 +1,11 @@
 """Checks between settings."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from peft_engine.config_checks import TASK_ONLY
+from peft_engine.config import TaskName
+from peft_engine.config_checks import TASK_ONLY, TASKS
 from peft_engine.config_reading import load_config
 from peft_engine.config_yaml import parse
 from peft_engine.errors import ConfigError
@@ -183,3 +184,7 @@ def test_checks_see_past_other_faults() -> None:
         "budget.usd_per_hour",
         "budget.max_usd",
     ]
+
+
+def test_the_list_of_tasks_for_the_command_line_is_that_of_the_declaration():
+    assert set(TASKS) == set(get_args(TaskName))
