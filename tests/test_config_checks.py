@@ -1,10 +1,11 @@
 """Checks between settings."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from peft_engine.config_checks import TASK_ONLY, _parallel
+from peft_engine.config import TaskName
+from peft_engine.config_checks import TASK_ONLY, TASKS, _parallel
 from peft_engine.config_reading import load_config
 from peft_engine.config_yaml import parse
 from peft_engine.errors import ConfigError
@@ -200,3 +201,7 @@ def test_what_fsdp_can_not_share_out() -> None:
     texts = [fault.text for fault in _parallel(values)]
     assert ["model.quantization" in text for text in texts] == [True, False]
     assert ["model.frozen_compute" in text for text in texts] == [False, True]
+
+
+def test_the_list_of_tasks_for_the_command_line_is_that_of_the_declaration():
+    assert set(TASKS) == set(get_args(TaskName))
