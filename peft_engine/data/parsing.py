@@ -1,20 +1,25 @@
 """From the bytes of a data file to its rows, one function per format.
 
 Each parser returns the rows and, where the format has lines, the 1-based line on which each row begins. Nothing is
-skipped but blank lines; whatever can't be read is a DataError that names the line.
+skipped but blank lines; whatever can't be read is a DataError that names the line. The functions `…_rows` are the same
+row by row, so that neither the file nor its rows need fit into memory.
 """
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import DataError
 
 Row = dict[str, Any]
 Parsed = tuple[list[Row], list[int] | None]
+Numbered = Iterator[tuple[Row, int]]
+"""Rows, each with the 1-based line on which it begins."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BATCH_ROWS = 1024  # rows of a columnar file that become Python objects at once
 CSV_FIELD_LIMIT = 2**31 - 1  # characters; Python's own limit of 131,072 is less than a long document
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LIST_IN_LINES = "One JSON object per line. A JSON list belongs in a .json file."
@@ -22,25 +27,55 @@ LIST_IN_LINES = "One JSON object per line. A JSON list belongs in a .json file."
 
 def decode(source: str, raw: bytes) -> str:
     """UTF-8 text, without the byte order mark. Raises DataError with line and byte offset."""
-    mark = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
+    mark = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
     try:
         return raw[mark:].decode("utf-8")
     except UnicodeDecodeError as error:
         offset = mark + error.start
-        line = raw.count(b"\n", 0, offset) + 1
-        encoding = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise DataError(
-            f"{source}, line {line}: not UTF-8 (byte 0x{raw[offset]:02x} at offset {offset}).",
-            f"Convert it from the encoding it has, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-copy",
-        ) from error
+        raise _not_utf8(source, raw[:2], raw.count(b"\n", 0, offset) + 1, offset, raw[offset]) from error
+
+
+def decoded_lines(source: str, raw_lines: Iterable[bytes]) -> Iterator[str]:
+    """What `decode` gives, line by line; each line keeps its end. Raises DataError with line and byte offset."""
+    begins, first = 0, b""
+    for number, raw in enumerate(raw_lines, start=1):
+        first = first or raw[:2]
+        mark = len(BYTE_ORDER_MARK) if number == 1 and raw.startswith(BYTE_ORDER_MARK) else 0
+        try:
+            yield raw[mark:].decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = mark + error.start
+            raise _not_utf8(source, first, number, begins + at, raw[at]) from error
+        begins += len(raw)
+
+
+def _not_utf8(source: str, first: bytes, line: int, offset: int, byte: int) -> DataError:
+    encoding = "UTF-16" if first in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+    return DataError(
+        f"{source}, line {line}: not UTF-8 (byte 0x{byte:02x} at offset {offset}).",
+        f"Convert it from the encoding it has, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-copy",
+    )
 
 
 def parse_delimited(source: str, text: str, delimiter: str) -> Parsed:
     """CSV or TSV with a header; cells stay strings, an empty cell is ""."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
+    return _unzipped(delimited_rows(source, io.StringIO(text, newline=""), delimiter))
+
+
+def _unzipped(numbered: Numbered) -> tuple[list[Row], list[int]]:
     rows: list[Row] = []
     lines: list[int] = []
+    for row, line in numbered:
+        rows.append(row)
+        lines.append(line)
+    return rows, lines
+
+
+def delimited_rows(source: str, lines: Iterable[str], delimiter: str) -> Numbered:
+    """Rows of CSV or TSV, from lines that keep their ends."""
+    pieces = (piece for line in lines for piece in _at_returns(line))
+    reader = csv.reader(pieces, delimiter=delimiter, strict=True)
+    header: list[str] = []
     limit_before = csv.field_size_limit(CSV_FIELD_LIMIT)
     line = 1
     try:
@@ -56,8 +91,7 @@ def parse_delimited(source: str, text: str, delimiter: str) -> Parsed:
                     f"{source}, line {begins}: {len(cells)} cells where the header has {len(header)}.",
                     "Quote cells that hold the delimiter or a line break.",
                 )
-            rows.append(dict(zip(header, cells, strict=True)))
-            lines.append(begins)
+            yield dict(zip(header, cells, strict=True)), begins
     except csv.Error as error:
         raise DataError(
             f"{source}, line {line}: the row that begins here can't be read: {error}.",
@@ -65,7 +99,11 @@ def parse_delimited(source: str, text: str, delimiter: str) -> Parsed:
         ) from error
     finally:
         csv.field_size_limit(limit_before)
-    return rows, lines
+
+
+def _at_returns(line: str) -> Iterable[str]:
+    """The line, cut after each carriage return that stands alone: old Macs end lines so, and csv counts them."""
+    return io.StringIO(line, newline="") if "\r" in line else (line,)
 
 
 def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
@@ -83,10 +121,13 @@ def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
 
 def parse_json_lines(source: str, text: str) -> Parsed:
     """One JSON object per line."""
-    rows: list[Row] = []
-    lines: list[int] = []
-    raw_lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
-    for number, line in enumerate(raw_lines, start=1):
+    return _unzipped(json_rows(source, text.split("\n")))  # not splitlines(): U+2028 may stand inside a JSON string
+
+
+def json_rows(source: str, lines: Iterable[str]) -> Numbered:
+    """Rows of JSON objects, from lines without their ends; a file that ends with a line end gives "" last."""
+    lines = iter(lines)
+    for number, line in enumerate(lines, start=1):
         line = line.strip()
         if not line:
             continue
@@ -94,8 +135,9 @@ def parse_json_lines(source: str, text: str) -> Parsed:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            last = not any(rest.strip() for rest in raw_lines[number:])
-            if last and (number == len(raw_lines) or not line.endswith("}")):
+            following = next(lines, None)
+            last = not (following or "").strip() and not any(rest.strip() for rest in lines)
+            if last and (following is None or not line.endswith("}")):
                 problem = f"{where}, the last one, breaks off: {start_of(line)}; the file looks truncated."
                 raise DataError(problem, "Copy or download it again, or remove the broken line.") from error
             raise DataError(f"{where}: not valid JSON ({error}): {start_of(line)}.", LIST_IN_LINES) from error
@@ -103,9 +145,7 @@ def parse_json_lines(source: str, text: str) -> Parsed:
             raise DataError(f"{where}: not a JSON object: {start_of(line)}.", LIST_IN_LINES)
         if HALF_SURROGATE.search(line):
             _check_surrogates(where, row)
-        rows.append(without_nulls(row, deep=False))
-        lines.append(number)
-    return rows, lines
+        yield without_nulls(row, deep=False), number
 
 
 def parse_json(source: str, text: str) -> Parsed:
@@ -150,9 +190,14 @@ def _check_surrogates(where: str, row: Row) -> None:
 
 def parse_text(source: str, text: str) -> Parsed:
     """One document per line, as {"text": line}."""
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
-    kept = [(number, line) for number, line in numbered if line.strip()]
-    return [{"text": line} for _, line in kept], [number for number, _ in kept]
+    return _unzipped(text_rows(source, text.split("\n")))
+
+
+def text_rows(source: str, lines: Iterable[str]) -> Numbered:
+    """Rows of plain text, from lines without their ends."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield {"text": line.removesuffix("\r")}, number
 
 
 TEXT_PARSERS: dict[str, Callable[[str, str], Parsed]] = {
@@ -168,21 +213,37 @@ TEXT_PARSERS: dict[str, Callable[[str, str], Parsed]] = {
 def parse_columnar(source: str, suffix: str, raw: bytes) -> Parsed:
     """Parquet, or Arrow as an IPC file or stream."""
     import pyarrow as pa
+
+    return list(columnar_rows(source, suffix, pa.BufferReader(raw))), None
+
+
+def columnar_rows(source: str, suffix: str, file: Any) -> Iterator[Row]:
+    """Rows of Parquet or Arrow, some at a time.
+
+    Args:
+        file: an open pyarrow file.
+    """
+    import pyarrow as pa
     import pyarrow.parquet
 
-    buffer = pa.BufferReader(raw)
     try:
         if suffix == ".parquet":
-            table = pa.parquet.ParquetFile(buffer).read()
-        elif raw.startswith(b"ARROW1"):
-            table = pa.ipc.open_file(buffer).read_all()
+            batches: Iterable[Any] = pa.parquet.ParquetFile(file).iter_batches(BATCH_ROWS)
         else:
-            table = pa.ipc.open_stream(buffer).read_all()
-        rows = table.to_pylist()
+            magic = file.read(6)
+            file.seek(0)
+            if magic == b"ARROW1":
+                opened = pa.ipc.open_file(file)
+                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            else:
+                batches = pa.ipc.open_stream(file)
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                rows = batch.slice(start, BATCH_ROWS).to_pylist()
+                yield from (without_nulls(row, deep=True) for row in rows)
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"{source} can't be read as {suffix[1:]}: {start_of(str(error), 200)}."
         raise DataError(problem, "Copy or download it again.") from error
-    return [without_nulls(row, deep=True) for row in rows], None
 
 
 def without_nulls(row: Row, *, deep: bool) -> Row:
