@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_engine import load_config
 from peft_engine.data.splitting import load_splits
-from peft_engine.evaluation import generate_text
+from peft_engine.generation import generate_text
 
 
 def main() -> None:

@@ -202,7 +202,9 @@ class TextAugmentConfig(Section):
 
 class AugmentConfig(Section):
     image: ImageAugmentConfig = ImageAugmentConfig()
+    """Changes to training images."""
     text: TextAugmentConfig = TextAugmentConfig()
+    """Changes to training texts."""
 
 
 class DataConfig(Section):

@@ -31,14 +31,16 @@ LORA_ONLY = (
     "adapter.options",
 )
 CLASSES = ("text-classification", "image-classification")
+LABELLED = (*CLASSES, "token-classification")
+"""Tasks with class names."""
 TEXT = ("causal-lm", "text-classification", "token-classification", "seq2seq")
 PREFERENCE = ("dpo", "orpo", "kto", "reward")
 TASK_ONLY: dict[str, tuple[str, ...]] = {
     "model.pooling": ("text-classification",),
     "model.new_tokens": ("causal-lm", "seq2seq"),
     "data.label_type": CLASSES,
-    "data.labels": (*CLASSES, "token-classification"),
-    "data.class_weights": (*CLASSES, "token-classification"),
+    "data.labels": LABELLED,
+    "data.class_weights": LABELLED,
     "data.columns.label": (*CLASSES, "kto"),
     "data.columns.text": ("causal-lm", "text-classification"),
     "data.columns.text_pair": ("text-classification",),

@@ -159,11 +159,9 @@ _PEFT_METHODS = (
 )
 
 NOT_YET = {
-    "task": "token-classification seq2seq image-classification",
     "model.quantization": "nf4 fp4 int8 4bit 8bit int4 gptq awq gguf fp8",
     "model.frozen_compute": "int8 fp8",
     "adapter.method": _PEFT_METHODS,
-    "data.packing": "true bfd wrapped",
 }
 """Values of the design, or of peft, that this version does not have."""
 

@@ -14,6 +14,13 @@ from peft_engine.errors import ConfigError
 ROWS = {
     "causal-lm": "Each row has messages (a chat), or prompt and completion, or text.",
     "text-classification": "Each row has a text and a label: a class, a list of classes, or a number.",
+    "token-classification": "Each row has tokens (words) and tags, one per word.",
+    "seq2seq": "Each row has a source and a target text.",
+    "image-classification": "A folder of one folder per class, or rows with an image (path) and a label.",
+    "dpo": "Each row has a prompt, a chosen and a rejected answer.",
+    "orpo": "Each row has a prompt, a chosen and a rejected answer.",
+    "kto": "Each row has a prompt, a completion, and a label: true where the completion is good.",
+    "reward": "Each row has a chosen and a rejected text or conversation, and may have a prompt.",
 }
 
 

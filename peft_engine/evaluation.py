@@ -1,4 +1,4 @@
-"""Judge and use a model: metrics over a split, predictions, generated text."""
+"""Judge a model: metrics and predictions over a split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,17 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .backbone import positions_of
-from .data.chat import Rendered, encode_rendered, render_prompt, stop_token_ids
 from .data.encoding import EncodedSet
-from .data.formats import Example
-from .errors import DataError, OutOfMemory
+from .errors import OutOfMemory
 from .runtime import Runtime
 from .tasks.base import Batch, Task, to_device
-from .tasks.class_metrics import decide, probabilities
-from .tasks.text_classification import TextClassification
 from .training.guards import is_out_of_memory
 
 
@@ -30,22 +24,15 @@ def evaluate_split(model: nn.Module, task: Task, data: EncodedSet, batch_size: i
     return meter.compute()
 
 
-def predict_classes(
-    model: nn.Module, task: TextClassification, data: EncodedSet, batch_size: int, runtime: Runtime
+def predict_rows(
+    model: nn.Module, task: Task, data: EncodedSet, batch_size: int, runtime: Runtime
 ) -> list[dict[str, Any]]:
-    """Label and probabilities (or value) of every sequence, in the order of the data."""
+    """What the task says of every sequence (`Task.predictions`), in the order of the data."""
     found: list[dict[str, Any]] = [{} for _ in range(len(data))]
-    names, kind = task.labels.names, task.labels.kind
 
-    def note(logits: torch.Tensor, _: Batch, rows: np.ndarray) -> None:
-        decided = decide(logits, kind).cpu().tolist()
-        shares = probabilities(logits, kind).cpu().tolist()
-        for row, choice, share in zip(rows, decided, shares, strict=True):
-            if kind == "regression":
-                found[int(row)] = {"value": choice}
-                continue
-            label = names[choice] if kind == "single" else [name for name, on in zip(names, choice, strict=True) if on]
-            found[int(row)] = {"label": label, "probabilities": dict(zip(names, share, strict=True))}
+    def note(logits: torch.Tensor, batch: Batch, rows: np.ndarray) -> None:
+        for row, one in zip(rows, task.predictions(logits, batch), strict=True):
+            found[int(row)] = one
 
     _visit(model, task, data, batch_size, runtime, note)
     return found
@@ -87,96 +74,3 @@ def _visit(
             size = max(1, size // 2)
             continue
         start += len(rows)
-
-
-def prompt_and_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
-    """The text to continue, and the reference answer where the row has one.
-
-    Messages that end with an assistant turn are continued before it.
-    """
-    if "messages" in example or isinstance(example.get("prompt"), list):
-        messages = example.get("messages") or [*example["prompt"], *example.get("completion", [])]
-        answer = None
-        if messages[-1]["role"] == "assistant":
-            messages, answer = messages[:-1], messages[-1].get("content")
-        return render_prompt(tokenizer, messages, example.get("tools")), answer
-    if "prompt" in example:
-        return example["prompt"], example.get("completion")
-    return example["text"], None
-
-
-def generate_text(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    max_new_tokens: int,
-    *,
-    templated: bool,
-    temperature: float = 0.0,
-    streamer: TextStreamer | None = None,
-) -> list[str]:
-    """Continue prompts, padded on the left by position. Greedy at temperature 0.
-
-    Args:
-        max_new_tokens: at most; fewer where the model's positions end.
-        templated: the prompts come from a chat template, which already holds the special tokens (trap 18).
-
-    Returns:
-        The new text of each, special tokens left out.
-
-    Raises:
-        DataError: a prompt fills the model's positions.
-    """
-    # by the road of training: one BOS, and no EOS after the prompt from tokenizers that add one
-    encoded = [encode_rendered(tokenizer, Rendered(t, []), "the prompt", not templated)[0] for t in prompts]
-    longest = max(map(len, encoded))
-    positions = positions_of(model)
-    if positions is not None and longest >= positions:
-        raise DataError(
-            f"A prompt has {longest} tokens, the model has {positions} positions: there is no room to answer.",
-            "Shorten the prompt.",
-        )
-    room = max_new_tokens if positions is None else min(max_new_tokens, positions - longest)
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    device = next(model.parameters()).device
-    ids = torch.tensor([[fill] * (longest - len(row)) + row for row in encoded], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded], device=device)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.no_grad(), matched(model):
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=fill, streamer=streamer,
-            eos_token_id=stop_ids(model, tokenizer), use_cache=True, **sampling,
-        )  # fmt: skip
-    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
-
-
-def matched(model: nn.Module) -> torch.autocast:
-    """Autocast to the backbone's dtype where fp32 tensors were trained inside a narrower one, else no autocast.
-
-    LoRA's own products need none: peft casts their input.
-    """
-    dtypes = {p.dtype for name, p in model.named_parameters() if ".lora_" not in name}
-    narrow = next(iter(dtypes - {torch.float32}), torch.bfloat16)
-    return torch.autocast(next(model.parameters()).device.type, narrow, enabled=len(dtypes) > 1)
-
-
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Where generation stops: the model's own stop tokens, the tokenizer's, and what closes a turn in its template."""
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [stated] if isinstance(stated, int) else list(stated or [])
-    return sorted({*found, *stop_token_ids(tokenizer)}) or None
-
-
-def exact_match(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_new_tokens: int, batch_size: int
-) -> dict[str, Any]:
-    """Share of rows whose generated answer is the reference, both stripped of outer white space."""
-    pairs = [prompt_and_answer(example, tokenizer) for example in examples]
-    pairs = [(prompt, answer) for prompt, answer in pairs if answer]
-    templated = bool(examples) and ("messages" in examples[0] or isinstance(examples[0].get("prompt"), list))
-    right = 0
-    for start in range(0, len(pairs), batch_size):
-        part = pairs[start : start + batch_size]
-        texts = generate_text(model, tokenizer, [p for p, _ in part], max_new_tokens, templated=templated)
-        right += sum(text.strip() == str(answer).strip() for text, (_, answer) in zip(texts, part, strict=True))
-    return {"exact_match": right / len(pairs), "generated_rows": len(pairs)} if pairs else {}

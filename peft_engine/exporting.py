@@ -3,27 +3,25 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .adapters.files import save_adapter
 from .adapters.group import Group, Member
 from .config import Config
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
-from .evaluation import matched
+from .generation import matched
 from .model_card import write_card, write_merged_card
-from .tasks.base import Task
-from .tasks.text_classification import HEAD, MeanPooled
+from .tasks.base import Batch, Task
+from .tasks.text_classification import MeanPooled
 
 LABELS = "labels.json"
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -58,7 +56,7 @@ def save_trained(
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     save_adapter(group, member, part)
-    task.tokenizer.save_pretrained(str(part))
+    task.processor.save_pretrained(str(part))
     write_labels(labels, part)
     write_card(part / "README.md", group, config, labels, summary)
     shutil.rmtree(folder, ignore_errors=True)
@@ -82,7 +80,7 @@ def read_labels(folder: Path) -> Labels | None:
         raise StorageError(f"{path} can't be read: {error}.", "Restore it, or train again.") from error
 
 
-def verify_adapter(group: Group, config: Config, labels: Labels | None, folder: Path) -> Drift:
+def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Drift:
     """Load the adapter in plain transformers and peft, without this engine, and compare logits.
 
     Raises:
@@ -94,11 +92,17 @@ def verify_adapter(group: Group, config: Config, labels: Labels | None, folder: 
             f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
             "Use export --merged.",
         )
-    batch = probe_batch(group)
-    trained = _logits(group.model, batch)
-    base = _plain_base(group, config, labels)
-    plain = PeftModel.from_pretrained(base, str(folder)).eval()
-    return _judge(trained, _plain_logits(plain, group, batch, config), group, "The adapter loaded in plain peft")
+    batch = task.probe(group.model)
+    trained = _logits(group.model, batch, task.forward)
+    settings = config.model
+    base = task.plain(
+        settings.path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=group.backbone.model.dtype,
+    )
+    plain = PeftModel.from_pretrained(base.to(next(group.model.parameters()).device), str(folder))
+    return _judge(trained, _logits(plain, batch, task.plain_logits), group, "The adapter loaded in plain peft")
 
 
 def export_merged(group: Group, config: Config, task: Task, labels: Labels | None, folder: Path) -> Drift:
@@ -109,33 +113,21 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     Raises:
         VerificationError: the reloaded model differs beyond the bound for its dtype.
     """
-    batch = probe_batch(group)
-    trained = _logits(group.model, batch)
+    batch = task.probe(group.model)
+    trained = _logits(group.model, batch, task.forward)
     model: Any = group.model
     if isinstance(model, PeftModel):
         model = _merge(model)
-    mean_pooled = isinstance(model, MeanPooled)
-    if mean_pooled:
-        model.__class__ = type(model).__mro__[2]  # the transformers class under the head
+    engine_head = isinstance(model, MeanPooled)
+    task.as_plain(model)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))
-    task.tokenizer.save_pretrained(str(folder))
+    task.processor.save_pretrained(str(folder))
     write_labels(labels, folder)
-    write_merged_card(folder / "README.md", config, labels, mean_pooled)
-    device = batch["input_ids"].device
-    if mean_pooled:
-        encoder: Any = AutoModel.from_pretrained(str(folder))
-        encoder = encoder.to(device).eval()
-        weights = (
-            load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else model.state_dict()
-        )
-        head_weight, head_bias = (weights[f"{HEAD}.{part}"].to(device, torch.float32) for part in ("weight", "bias"))
-        head = F.linear(_mean(encoder, batch).float(), head_weight, head_bias)
-        return _judge(trained, head, group, "The merged model reloaded in plain transformers")
-    auto = AutoModelForCausalLM if config.task == "causal-lm" else AutoModelForSequenceClassification
-    plain: Any = auto.from_pretrained(str(folder))
-    plain = plain.to(device).eval()
-    return _judge(trained, _logits(plain, batch), group, "The merged model reloaded in plain transformers")
+    write_merged_card(folder / "README.md", config, task.auto, labels, engine_head)
+    plain = task.plain(str(folder)).to(next(model.parameters()).device)
+    found = _logits(plain, batch, task.plain_logits)
+    return _judge(trained, found, group, "The merged model reloaded in plain transformers")
 
 
 def _merge(model: PeftModel) -> Any:
@@ -155,61 +147,10 @@ def _merge(model: PeftModel) -> Any:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
 
 
-def probe_batch(group: Group) -> dict[str, Tensor]:
-    """Token ids to compare models on: seeded, (4, 24), the last row padded."""
-    size = int(group.backbone.model.config.get_text_config().vocab_size)
-    ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[-1, 16:] = 0
-    device = next(group.model.parameters()).device
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _plain_base(group: Group, config: Config, labels: Labels | None) -> Any:
-    """The base model as a user of plain transformers would load it."""
-    settings = config.model
-    common: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": group.backbone.model.dtype,
-    }
-    device = next(group.model.parameters()).device
-    if config.task == "causal-lm":
-        causal: Any = AutoModelForCausalLM.from_pretrained(settings.path, **common)
-        return causal.to(device)
-    assert labels is not None
-    if group.backbone.peft_task is None:
-        base = AutoModel.from_pretrained(settings.path, **common)
-        base.classifier = nn.Linear(base.config.hidden_size, max(1, len(labels.names)))
-        return base.to(device)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        settings.path, num_labels=max(1, len(labels.names)), ignore_mismatched_sizes=True, **common
-    )
-    base.config.pad_token_id = group.backbone.model.config.pad_token_id
-    return base.to(device)
-
-
-def _plain_logits(plain: Any, group: Group, batch: dict[str, Tensor], config: Config) -> Tensor:
-    if config.task == "text-classification" and group.backbone.peft_task is None:
-        with torch.no_grad(), matched(plain):
-            logits: Tensor = plain.base_model.model.classifier(_mean(plain, batch))
-        return logits
-    return _logits(plain, batch)
-
-
-def _mean(plain: Any, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        hidden = plain(**batch).last_hidden_state
-    weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-    mean: Tensor = (hidden * weight).sum(1) / weight.sum(1)
-    return mean
-
-
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def _logits(model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Batch], Tensor]) -> Tensor:
     model.eval()
     with torch.no_grad(), matched(model):
-        logits: Tensor = model(**batch).logits
-    return logits
+        return forward(model, batch)
 
 
 def _judge(trained: Tensor, found: Tensor, group: Group, what: str) -> Drift:

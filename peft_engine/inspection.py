@@ -34,7 +34,7 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
             where = splits.train.where[row]
             console.print(f"\n{where} (dropped: {reason})", style="bold", highlight=False)
             ids, learned = task.mask(splits.train.examples[row], where)
-            shown = mask_preview(task.tokenizer, ids, learned, colour=console.is_terminal)
+            shown = mask_preview(task.processor, ids, learned, colour=console.is_terminal)
             console.print(Text.from_ansi(shown), soft_wrap=True)
 
     return report, show
@@ -43,4 +43,4 @@ def inspect_data(config: Config, preview_rows: int) -> tuple[dict[str, Any], Cal
 def _preview(task: Task, data: EncodedSet, row: int, colour: bool) -> str:
     ids = data.tokens(row).tolist()
     learned = data.token_column("supervised", row).tolist() if "supervised" in data.columns else [False] * len(ids)
-    return mask_preview(task.tokenizer, ids, learned, colour=colour)
+    return mask_preview(task.processor, ids, learned, colour=colour)

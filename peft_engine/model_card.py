@@ -61,9 +61,12 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 model = {auto}.from_pretrained("THIS_FOLDER")"""
 
 
-def write_merged_card(path: Path, config: Config, labels: Labels | None, mean_pooled: bool) -> None:
-    """Write the README.md of a merged model: what it is and how to load it."""
-    auto = "AutoModelForCausalLM" if config.task == "causal-lm" else "AutoModelForSequenceClassification"
+def write_merged_card(path: Path, config: Config, auto: str, labels: Labels | None, mean_pooled: bool) -> None:
+    """Write the README.md of a merged model: what it is and how to load it.
+
+    Args:
+        auto: name of transformers' Auto class.
+    """
     classes = ", ".join(labels.names) if labels else ""
     snippet = (
         MERGED_MEAN.format(length=config.data.max_length, classes=classes) if mean_pooled else MERGED.format(auto=auto)

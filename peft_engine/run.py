@@ -16,7 +16,7 @@ from .config_reading import load_config
 from .data.formats import is_conversation
 from .data.splitting import load_splits
 from .errors import ConfigError, DataError
-from .evaluation import evaluate_split, exact_match
+from .evaluation import evaluate_split
 from .exporting import save_trained
 from .meters.cost import cost_usd
 from .meters.memory import peak_rss_bytes
@@ -181,9 +181,9 @@ class _Run:
         size = settings.batch_size or self.config.training.batch_size
         with self.timer.phase("evaluate"), self.group.evaluating(member) as model:
             found = evaluate_split(model, self.task, self.data[split], size, self.runtime)
-            if generate and settings.generate_rows and self.config.task == "causal-lm":
+            if generate and settings.generate_rows and self.task.generates:
                 examples = getattr(self.splits, split).examples[: settings.generate_rows]
-                found |= exact_match(model, self.task.tokenizer, examples, settings.max_new_tokens, size)
+                found |= self.task.judge_answers(model, examples, settings, size)
         return found
 
     def _final_split(self) -> str:

@@ -13,17 +13,17 @@ from .adapters.files import load_adapter
 from .adapters.group import Group
 from .building import refuse_too_long
 from .config import Config
+from .config_checks import LABELLED
 from .data.encoding import encode_split
-from .data.formats import is_conversation
 from .data.labels import Labels
 from .data.splitting import Split, load_one, load_splits
 from .errors import ConfigError, DataError, StorageError
-from .evaluation import evaluate_split, exact_match, generate_text, predict_classes, prompt_and_answer
+from .evaluation import evaluate_split, predict_rows
 from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
+from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
 from .tasks import Task, make_task
-from .tasks.text_classification import TextClassification
 
 
 @dataclass
@@ -50,7 +50,7 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
     """
     folder, config = find_run(path, overrides)
     labels = read_labels(folder / "adapter")
-    if labels is None and config.task == "text-classification":
+    if labels is None and config.task in LABELLED:
         raise StorageError(f"{folder / 'adapter' / LABELS} is missing.", "Restore it, or train again.")
     runtime = start(config)
     task = make_task(config, labels)
@@ -84,9 +84,9 @@ def evaluate(
     size = config.evaluation.batch_size or config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
         metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
-        if config.evaluation.generate_rows and config.task == "causal-lm":
+        if config.evaluation.generate_rows and opened.task.generates:
             examples = chosen.examples[: config.evaluation.generate_rows]
-            metrics |= exact_match(model, opened.task.tokenizer, examples, config.evaluation.max_new_tokens, size)
+            metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     return {"split": data or split, "rows": len(chosen.examples), "metrics": metrics}
 
 
@@ -116,7 +116,7 @@ def predict(
         if name in ("predicted", "probabilities") or name.startswith("probability."):
             raise DataError(f"{source} has a column {name!r}, which the predictions would replace.", "Rename it.")
     opened = open_run(path, overrides)
-    found = _classes(opened, split) if isinstance(opened.task, TextClassification) else _texts(opened, split)
+    found = _texts(opened, split) if opened.task.generates else _predictions(opened, split)
     result = [{**row, **prediction} for row, prediction in zip(rows.rows, found, strict=True)]
     if target:
         with storage_errors(target):
@@ -145,7 +145,7 @@ def generate(
     if not prompt.strip():
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
     opened = open_run(path, overrides)
-    tokenizer = opened.task.tokenizer
+    tokenizer = opened.task.processor
     templated = _learned_conversations(folder)
     if system and not templated:
         raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
@@ -177,7 +177,7 @@ def export(
     opened = open_run(path, overrides)
     if merged:
         return folder, _export_whole(opened, folder)
-    drift = verify_adapter(opened.group, opened.config, opened.labels, found / "adapter")
+    drift = verify_adapter(opened.group, opened.config, opened.task, found / "adapter")
     if target:
         with storage_errors(folder):
             shutil.copytree(found / "adapter", folder, dirs_exist_ok=True)
@@ -208,35 +208,19 @@ def _learned_conversations(folder: Path) -> bool:
         ) from error
 
 
-def _classes(opened: Opened, split: Split) -> list[dict[str, Any]]:
-    assert isinstance(opened.task, TextClassification)
+def _predictions(opened: Opened, split: Split) -> list[dict[str, Any]]:
     encoded = encode_split(split, opened.task.encode, {}, 0.0, None)
     refuse_too_long(opened.group.backbone.model, {"rows": encoded})
     size = opened.config.evaluation.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
-        found = predict_classes(model, opened.task, encoded, size, opened.runtime)
-    return [
-        {"predicted": one["value"]}
-        if "value" in one
-        else {"predicted": one["label"], "probabilities": one["probabilities"]}
-        for one in found
-    ]
+        return predict_rows(model, opened.task, encoded, size, opened.runtime)
 
 
 def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
-    settings, tokenizer = opened.config.evaluation, opened.task.tokenizer
+    settings = opened.config.evaluation
     size = settings.batch_size or opened.config.training.batch_size
-    prompts = [prompt_and_answer(example, tokenizer)[0] for example in split.examples]
-    if not prompts:
-        raise DataError("There are no rows to predict.", "Give a file with rows.")
-    templated = is_conversation(split.examples[0])
-    texts: list[str] = []
     with opened.group.evaluating(opened.group.members[0]) as model:
-        for start_row in range(0, len(prompts), size):
-            texts += generate_text(
-                model, tokenizer, prompts[start_row : start_row + size], settings.max_new_tokens, templated=templated
-            )
-    return [{"predicted": text} for text in texts]
+        return [{"predicted": text} for text in opened.task.answers(model, split.examples, settings, size)]
 
 
 def _as_jsonl(rows: list[dict[str, Any]]) -> str:

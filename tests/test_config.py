@@ -73,7 +73,7 @@ def test_every_setting_is_documented() -> None:
 def test_config_made_in_python_is_checked_too() -> None:
     good = {"task": "causal-lm", "model": {"path": "m"}, "data": {"train": "t"}, "output": "o"}
     assert Config.model_validate(good).adapter.rank == 16
-    with pytest.raises(ValidationError, match=r"data\.labels: applies to task text-classification only"):
+    with pytest.raises(ValidationError, match=r"data\.labels: applies to tasks text-classification, "):
         Config.model_validate(good | {"data": {"train": "t", "labels": ["a", "b"]}})
     with pytest.raises(ValidationError, match=r"budget\.usd_per_hour"):
         Config.model_validate(good | {"budget": {"max_usd": 1.0}})

@@ -112,7 +112,7 @@ def test_unknown_key(name: str, nearest: str) -> None:
         ("model.path", "123", 'got 123 (a number), expected text; quote it: path: "123"'),
         ("model.revision", "true", 'got true (a switch), expected text or null; quote it: revision: "true"'),
         ("device", "gpu", "got gpu (text), expected one of auto, cuda, mps, cpu; write cuda"),
-        ("task", "sft", "got sft (text), expected one of causal-lm, text-classification; write causal-lm"),
+        ("task", "sft", "dpo, orpo, kto, reward; write causal-lm"),
         ("kernels", "false", "got false (a switch), expected one of auto, triton, torch, off"),
     ],
 )

@@ -2,17 +2,17 @@
 
 import json
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from peft_engine.config import Config
+from peft_engine.config import Config, TaskName
 from peft_engine.config_reading import json_schema, load_config, starter, to_yaml
 from peft_engine.config_yaml import parse
 from peft_engine.errors import ConfigError
 
-TASKS = ("causal-lm", "text-classification")
+TASKS = get_args(TaskName)
 BASE: dict[str, Any] = {"model": {"path": "some/model"}, "data": {"train": "t"}, "output": "o"}
 
 
@@ -55,10 +55,10 @@ def test_round_trip_of_awkward_values(tmp_path: Any) -> None:
 def test_yaml_holds_every_setting_that_applies_and_no_other() -> None:
     text = to_yaml(load_config(BASE | {"task": "causal-lm", "adapter": {"method": "head"}}))
     tree = parse(text, "f").tree
-    assert tree["adapter"] == {"method": "head"}
+    assert tree["adapter"] == {"method": "head", "start_from": None}
     assert "pooling" not in tree["model"]
     assert "labels" not in tree["data"]
-    assert set(tree) == set(Config.model_fields)
+    assert set(tree) == set(Config.model_fields) - {"preference"}
     assert tree["training"]["betas"] == [0.9, 0.999]
 
 
@@ -83,9 +83,12 @@ def test_schema_is_valid_and_strict() -> None:
         ({"training": {"batch_size": 0}}, False),
         ({"training": {"batch_size": "3"}}, False),
         ({"training": {"betas": [0.9]}}, False),
-        ({"adapter": {"method": "ia3"}}, False),
+        ({"adapter": {"method": "ia4"}}, False),
         ({"adapter": {"init": "pisa"}}, False),
-        ({"data": {"train": "t", "packing": True}}, False),
+        ({"data": {"train": "t", "packing": True}}, True),
+        ({"data": {"train": "t", "packing": "bfd"}}, False),
+        ({"data": {"train": [{"path": "t", "weight": 2.0}, {"path": "u"}]}}, True),
+        ({"data": {"train": [{"file": "t"}]}}, False),
         ({"data": {"train": "t", "columns": {"txt": "a"}}}, False),
     ],
 )

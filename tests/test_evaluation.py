@@ -15,7 +15,8 @@ from tiny import DECODERS, assemble, chat_rows, class_rows, config, make_model, 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_engine.data.labels import Labels
-from peft_engine.evaluation import evaluate_split, generate_text, predict_classes, stop_ids
+from peft_engine.evaluation import evaluate_split, predict_rows
+from peft_engine.generation import generate_text, stop_ids
 from peft_engine.tasks.class_metrics import ClassMeter
 from peft_engine.tasks.text_classification import TextClassification
 
@@ -227,12 +228,12 @@ def test_rows_are_predicted_in_their_order(tiny_model: Callable[[str], Path], tm
     run.train(2)
     data = run.data["train"]
     with run.group.evaluating(run.group.members[0]) as model:
-        found = predict_classes(model, run.task, data, 4, run.runtime)
+        found = predict_rows(model, run.task, data, 4, run.runtime)
         for row, one in enumerate(found):
             with torch.no_grad():
                 shares = run.task.forward(model, run.task.collate(data, np.array([row]))).softmax(-1)[0]
             assert list(one["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-6)
-            assert one["label"] == "abc"[int(shares.argmax())]
+            assert one["predicted"] == "abc"[int(shares.argmax())]
 
 
 def test_pairs_are_not_judged_on_their_prompts(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

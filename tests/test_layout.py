@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # One arrow: a file imports only from what stands above it. The same order stands in the README's tree.
 ORDER = (
     "errors",
+    "config_methods",
     "config_checks",
     "config",
     "config_names",
@@ -25,6 +26,7 @@ ORDER = (
     "backbone",
     "data",
     "adapters",
+    "generation",
     "tasks",
     "training",
     "evaluation",

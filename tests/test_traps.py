@@ -32,7 +32,8 @@ from peft_engine.data.batching import BatchPlan
 from peft_engine.data.encoding import EncodedSet
 from peft_engine.data.splitting import load_splits
 from peft_engine.errors import ConfigError, DataError, Diverged, EngineError, StorageError, VerificationError
-from peft_engine.evaluation import evaluate_split, generate_text
+from peft_engine.evaluation import evaluate_split
+from peft_engine.generation import generate_text
 from peft_engine.inspection import inspect_data
 from peft_engine.meters.memory import LiveBytes
 from peft_engine.run import train

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..config import Config
+from ..config_checks import CLASSES
 from ..errors import DataError
 from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, near_key, repeated
@@ -106,7 +107,7 @@ def load_splits(config: Config) -> Splits:
     train, _, layout = _load(config.data.train, config, True, HUB_SPLITS["train"])
     held = _given_splits(config, layout)
     labels = None
-    if config.task == "text-classification":
+    if config.task in CLASSES:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
     whole = train.examples + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)

@@ -5,10 +5,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..backbone import Backbone
-from ..config import Config
+from ..config import Config, EvaluationConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
@@ -32,12 +31,16 @@ class Task(Protocol):
     Attributes:
         primary: name of the metric that early stopping and reports look at.
         maximize: whether more of it is better.
-        tokenizer: of the backbone.
+        processor: what turns rows into the model's input, saved beside the adapter: a tokenizer or an image processor.
+        auto: name of transformers' Auto class that a merged model of this task is loaded with.
+        generates: whether it answers with text of its own making (`answers`), else with `predictions`.
     """
 
     primary: str
     maximize: bool
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    auto: str
+    generates: bool
 
     def __init__(self, config: Config, labels: Labels | None) -> None: ...
 
@@ -74,6 +77,50 @@ class Task(Protocol):
         ...
 
     def meter(self) -> Meter: ...
+
+    def predictions(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        """Per row what a user is told: `predicted`, and `probabilities` by class where there are classes."""
+        ...
+
+    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
+        """Generated answers, `size` rows at once; only where `generates`."""
+        ...
+
+    def judge_answers(
+        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
+    ) -> dict[str, Any]:
+        """Metrics of generated answers; only where `generates`."""
+        ...
+
+    def probe(self, model: nn.Module) -> Batch:
+        """A seeded batch on the model's device, on which a reloaded model is compared."""
+        ...
+
+    def plain(self, path: str, **settings: Any) -> Any:
+        """The model of a hub id or folder as plain transformers loads it, with a head of this task's size.
+
+        Args:
+            settings: `from_pretrained`'s own.
+        """
+        ...
+
+    def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`forward` of what `plain` gave, perhaps inside a PeftModel."""
+        ...
+
+    def as_plain(self, model: nn.Module) -> None:
+        """Take away, in place, what the engine gave the model's class, before it is saved."""
+        ...
+
+
+def probe_tokens(model: nn.Module) -> Batch:
+    """Token ids to compare models on: seeded, (4, 24), the last row padded."""
+    settings: Any = model.config
+    size = int(settings.get_text_config().vocab_size)
+    ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[-1, 16:] = 0
+    return to_device({"input_ids": ids, "attention_mask": mask}, next(model.parameters()).device)
 
 
 def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:

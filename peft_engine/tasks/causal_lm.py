@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..adapters.fusing import fuses_loss
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
-from ..config import Config
+from ..config import Config, EvaluationConfig
 from ..data.chat import Rendered, check_stop_token, encode_rendered, render_messages
 from ..data.encoding import EncodedRow, EncodedSet
-from ..data.formats import Example
+from ..data.formats import Example, is_conversation
 from ..data.labels import Labels
-from .base import Batch, pad_tokens
+from ..errors import DataError
+from ..generation import exact_match, generate_all, prompt_and_answer
+from .base import Batch, pad_tokens, probe_tokens
 
 IGNORED = -100
 
@@ -27,10 +29,12 @@ IGNORED = -100
 class CausalLM:
     primary = "loss"
     maximize = False
+    auto = "AutoModelForCausalLM"
+    generates = True
 
     def __init__(self, config: Config, labels: Labels | None = None) -> None:
         self.config = config
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = self.processor = load_tokenizer(config.model)
 
     def load(self, device: torch.device) -> Backbone:
         model_config = load_settings(self.config.model)
@@ -132,6 +136,33 @@ class CausalLM:
 
     def meter(self) -> "LanguageMeter":
         return LanguageMeter(self)
+
+    def predictions(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        raise NotImplementedError("a causal LM answers with text")
+
+    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
+        prompts = [prompt_and_answer(example, self.tokenizer)[0] for example in examples]
+        if not prompts:
+            raise DataError("There are no rows to predict.", "Give a file with rows.")
+        templated = is_conversation(examples[0])
+        return generate_all(model, self.tokenizer, prompts, settings.max_new_tokens, size, templated=templated)
+
+    def judge_answers(
+        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
+    ) -> dict[str, Any]:
+        return exact_match(model, self.tokenizer, examples, settings.max_new_tokens, size)
+
+    def probe(self, model: nn.Module) -> Batch:
+        return probe_tokens(model)
+
+    def plain(self, path: str, **settings: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, **settings)
+
+    def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.forward(model, batch)
+
+    def as_plain(self, model: nn.Module) -> None:
+        """Nothing: the class is transformers' own."""
 
 
 class LanguageMeter:

@@ -56,6 +56,19 @@ def probabilities(logits: Tensor, kind: str) -> Tensor:
     return torch.softmax(logits, -1) if kind == "single" else torch.sigmoid(logits)
 
 
+def predictions(logits: Tensor, labels: Labels) -> list[dict[str, Any]]:
+    """Per row `predicted`: a class name, a list of them, or a number; with classes also `probabilities` by name."""
+    decided, shares = decide(logits, labels.kind).cpu().tolist(), probabilities(logits, labels.kind).cpu().tolist()
+    if labels.kind == "regression":
+        return [{"predicted": value} for value in decided]
+    found = []
+    for choice, share in zip(decided, shares, strict=True):
+        on = [name for name, hot in zip(labels.names, choice, strict=True) if hot] if labels.kind == "multi" else None
+        label = labels.names[choice] if on is None else on
+        found.append({"predicted": label, "probabilities": dict(zip(labels.names, share, strict=True))})
+    return found
+
+
 def _classes(predicted: np.ndarray, wanted: np.ndarray, labels: Labels) -> dict[str, Any]:
     ids = list(range(len(labels.names)))
     result: dict[str, Any] = {"accuracy": float(metrics.accuracy_score(wanted, predicted))}

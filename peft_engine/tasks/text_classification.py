@@ -11,28 +11,33 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
-from ..config import Config
+from ..config import Config, EvaluationConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
-from .base import Batch, pad_tokens
-from .class_metrics import ClassMeter
+from .base import Batch, pad_tokens, probe_tokens
+from .class_metrics import ClassMeter, predictions
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD = "classifier"  # name of the mean-pooled head's linear layer
 
 
 class TextClassification:
+    auto = "AutoModelForSequenceClassification"
+    generates = False
+
     def __init__(self, config: Config, labels: Labels | None) -> None:
         assert labels is not None, "text classification needs its classes"
         self.config = config
         self.labels = labels
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = self.processor = load_tokenizer(config.model)
         self.primary = {"single": "accuracy", "multi": "f1_micro", "regression": "pearson"}[labels.kind]
         self.maximize = True
 
@@ -132,6 +137,45 @@ class TextClassification:
     def meter(self) -> ClassMeter:
         return ClassMeter(self)
 
+    def predictions(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
+        return predictions(logits, self.labels)
+
+    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
+        raise NotImplementedError("a classifier answers with classes")
+
+    def judge_answers(
+        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
+    ) -> dict[str, Any]:
+        raise NotImplementedError("a classifier answers with classes")
+
+    def probe(self, model: nn.Module) -> Batch:
+        return probe_tokens(model)
+
+    def plain(self, path: str, **settings: Any) -> Any:
+        outputs = max(1, len(self.labels.names))
+        model: Any
+        if self._pooling() == "mean":
+            model = AutoModel.from_pretrained(path, **settings)
+            model.classifier = nn.Linear(model.config.hidden_size, outputs, dtype=model.dtype)
+            _load_head(model.classifier, path)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=outputs, ignore_mismatched_sizes=True, **settings
+            )
+            model.config.pad_token_id = padding_id(self.tokenizer)
+        return model
+
+    def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self._pooling() != "mean":
+            return self.forward(model, batch)
+        encoder: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        logits: Tensor = encoder.classifier(mean_pooled(model(**batch).last_hidden_state, batch["attention_mask"]))
+        return logits
+
+    def as_plain(self, model: nn.Module) -> None:
+        if isinstance(model, MeanPooled):
+            model.__class__ = type(model).__mro__[2]  # the transformers class under the head
+
 
 class MeanPooled:
     """Mixin that a backbone's class is given: mean of the last hidden states over real tokens, dropout, linear."""
@@ -141,9 +185,23 @@ class MeanPooled:
     ) -> SequenceClassifierOutput:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden = super().forward(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state  # type: ignore[misc]
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weight).sum(1) / weight.sum(1)
+        mean = mean_pooled(hidden, attention_mask)
         return SequenceClassifierOutput(logits=self.classifier(self.classifier_dropout(mean)))  # type: ignore[attr-defined]
+
+
+def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over real tokens: hidden (rows, length, width), mask (rows, length) → (rows, width)."""
+    weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+def _load_head(head: nn.Linear, path: str) -> None:
+    """Fill a mean-pooled head from a merged model's folder; one that holds none leaves it as it is."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name, parameter in head.named_parameters():
+                if f"{HEAD}.{name}" in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
+                    parameter.data.copy_(tensors.get_tensor(f"{HEAD}.{name}"))
 
 
 def add_mean_pooled_head(model: PreTrainedModel, outputs: int) -> None:
