@@ -10,7 +10,8 @@ from .adapters.methods import adapt
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
-from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.encoding import EncodedSet, cache_folder
+from .data.loading import encode_split
 from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime

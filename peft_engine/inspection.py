@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.text import Text
 
 from .config import Config
-from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.encoding import EncodedSet, cache_folder
 from .data.inspecting import inspect_splits, mask_preview, print_inspection
-from .data.splitting import load_splits
+from .data.loading import encode_split, load_splits
 from .tasks import Task, make_task
 
 

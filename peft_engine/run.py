@@ -14,7 +14,7 @@ from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_reading import load_config
 from .data.formats import is_conversation
-from .data.splitting import load_splits
+from .data.loading import load_splits, store_facts
 from .errors import ConfigError, DataError
 from .evaluation import evaluate_split
 from .exporting import save_trained
@@ -257,6 +257,7 @@ class _Run:
                 **self.splits.report.to_json(),
                 "conversations": is_conversation(self.splits.train.examples[0]),
                 "digest": self.splits.digest,
+                **store_facts(self.splits.train),
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},
             },

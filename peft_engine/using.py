@@ -14,9 +14,9 @@ from .adapters.group import Group
 from .building import refuse_too_long
 from .config import Config
 from .config_checks import LABELLED
-from .data.encoding import encode_split
 from .data.labels import Labels
-from .data.splitting import Split, load_one, load_splits
+from .data.loading import encode_split, load_splits
+from .data.splitting import Split, load_one
 from .errors import ConfigError, DataError, StorageError
 from .evaluation import evaluate_split, predict_rows
 from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
@@ -85,7 +85,7 @@ def evaluate(
     with opened.group.evaluating(opened.group.members[0]) as model:
         metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
         if config.evaluation.generate_rows and opened.task.generates:
-            examples = chosen.examples[: config.evaluation.generate_rows]
+            examples = list(chosen.examples[: config.evaluation.generate_rows])
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     return {"split": data or split, "rows": len(chosen.examples), "metrics": metrics}
 
@@ -220,7 +220,7 @@ def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
     settings = opened.config.evaluation
     size = settings.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
-        return [{"predicted": text} for text in opened.task.answers(model, split.examples, settings, size)]
+        return [{"predicted": text} for text in opened.task.answers(model, list(split.examples), settings, size)]
 
 
 def _as_jsonl(rows: list[dict[str, Any]]) -> str:

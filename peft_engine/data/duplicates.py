@@ -38,6 +38,11 @@ def row_key(example: Example) -> str:
     return _canonical([input_key(example), example.get("label"), example.get("completion"), example.get("messages")])
 
 
+def label_key(example: Example) -> str:
+    """The label; "null" where there is none."""
+    return _canonical(example.get("label"))
+
+
 def near_key(key: str) -> str:
     """An input key without case, punctuation, spacing and Unicode form; equal ones are near duplicates."""
     return " ".join(WORDS.findall(unicodedata.normalize("NFKC", key).casefold())) or key

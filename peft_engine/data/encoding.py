@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class EncodedSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)
@@ -105,7 +106,7 @@ def encode_split(
         if path:
             _write(path, encoded)
     if max_dropped is not None:
-        _refuse_empty(split, encoded, max_dropped)
+        refuse_empty(split, encoded, max_dropped)
     return encoded
 
 
@@ -167,7 +168,7 @@ def _encode(split: Split, encode: Encode) -> EncodedSet:
     )
 
 
-def _refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None:
+def refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None:
     share = len(encoded.dropped) / max(1, len(split.examples))
     if encoded.dropped and (share > max_dropped or not len(encoded)):
         first, reason = encoded.dropped[0]

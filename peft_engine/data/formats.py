@@ -163,19 +163,28 @@ def to_examples(rows: Rows, layout: Layout) -> list[Example]:
     Raises:
         DataError: rows that can't be learned from. The first is named, the others are counted.
     """
-    convert = _CONVERTERS[layout.kind]
     examples: list[Example] = []
     faults: list[tuple[int, Malformed]] = []
     for i, row in enumerate(rows.rows):
         try:
-            examples.append(convert(row, layout))
+            examples.append(to_example(row, layout))
         except Malformed as fault:
             faults.append((i, fault))
     if faults:
         first, problem = faults[0]
-        others = f" ({len(faults) - 1} more rows can't be used either.)" if len(faults) > 1 else ""
-        raise DataError(f"{rows.where(first)}: {problem}.{others}", "Mend or remove such rows.")
+        raise refused_rows(rows.where(first), problem, len(faults))
     return examples
+
+
+def to_example(row: Row, layout: Layout) -> Example:
+    """The example that one row is. Raises Malformed."""
+    return _CONVERTERS[layout.kind](row, layout)
+
+
+def refused_rows(where: str, problem: Malformed, count: int) -> DataError:
+    """What is told of `count` rows that can't be learned from, the first of which stands at `where`."""
+    others = f" ({count - 1} more rows can't be used either.)" if count > 1 else ""
+    return DataError(f"{where}: {problem}.{others}", "Mend or remove such rows.")
 
 
 def is_conversation(example: Example) -> bool:

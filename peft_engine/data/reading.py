@@ -92,17 +92,27 @@ def _read_file(source: str, path: Path) -> Rows:
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{source} can't be decompressed: {error}.", "Copy or download it again.") from error
+            raise undecompressed(source, error) from error
     return Rows(source, *TEXT_PARSERS[suffix.removesuffix(".gz")](source, decode(source, raw)))
 
 
+def undecompressed(source: str, error: Exception) -> DataError:
+    """What is told of a damaged .gz file."""
+    return DataError(f"{source} can't be decompressed: {error}.", "Copy or download it again.")
+
+
 def _read_bytes(source: str, path: Path) -> bytes:
+    refuse_folder(source, path)
+    with file_errors(source, path):
+        return path.read_bytes()
+
+
+def refuse_folder(source: str, path: Path) -> None:
+    """Raise ConfigError where a folder stands in the place of a file."""
     if os.path.isdir(path):  # Path.is_dir() raises where the folder may not be entered
         names = _data_files(path)
         held = f"It holds {', '.join(names)}" if names else f"Files are taken that end in {', '.join(SUFFIXES)}"
         raise ConfigError(f"{source} is a folder, a file was expected.", f"{held}; name one file.")
-    with file_errors(source, path):
-        return path.read_bytes()
 
 
 def known_suffix(source: str, path: Path) -> str:

@@ -7,7 +7,7 @@ split is removed from training. The same data and `data.seed` give the same spli
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,13 +29,17 @@ SHOWN = 5
 class Split:
     """Rows of one split, in the order of their source."""
 
-    examples: list[Example]
-    where: list[str]
+    examples: Sequence[Example]
+    where: Sequence[str]
     """Provenance of each row: "train.jsonl, line 7"."""
 
     def take(self, indices: Sequence[int]) -> "Split":
         """The rows at these indices, in that order."""
         return Split([self.examples[i] for i in indices], [self.where[i] for i in indices])
+
+    def lines(self) -> Iterable[bytes]:
+        """The examples as sorted JSON, each with its line end."""
+        return (json.dumps(example, sort_keys=True, default=str).encode() + b"\n" for example in self.examples)
 
 
 @dataclass
@@ -105,11 +109,11 @@ def load_splits(config: Config) -> Splits:
     """
     report = SplitReport()
     train, _, layout = _load(config.data.train, config, True, HUB_SPLITS["train"])
-    held = _given_splits(config, layout)
+    held = given_splits(config, layout)
     labels = None
     if config.task in CLASSES:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
-    whole = train.examples + [example for split in held.values() for example in split.examples]
+    whole = [*train.examples] + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
     train = _without_leaked(train, held, config, report)
     train, made = _make_splits(train, held, labels, config, report)
@@ -117,15 +121,17 @@ def load_splits(config: Config) -> Splits:
     if labels is not None:
         labels = _labels_of_training(train, held, labels, config)
     parts = {"train": train} | {name: held[name] for name in HELD_OUT if name in held}
-    parts = _limited(parts, labels, config, report)
+    parts = limited(parts, labels, config, report)
     if labels is not None:
-        _check_classes(parts["train"], labels, config, report)
+        train = parts["train"]
+        shown = {name for i in range(len(train.examples)) for name in _classes(train, i, labels)}
+        check_classes(shown, labels, config, report)
     report.made = {name: name in made for name in HELD_OUT if name in parts}
     _describe(parts, report)
-    return Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, _digest(parts))
+    return Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, digest_of(parts))
 
 
-def _given_splits(config: Config, layout: Layout) -> dict[str, Split]:
+def given_splits(config: Config, layout: Layout) -> dict[str, Split]:
     given = {}
     for name, source in (("eval", config.data.eval), ("test", config.data.test)):
         if source is not None:
@@ -216,7 +222,7 @@ def _labels_of_training(train: Split, held: dict[str, Split], found: Labels, con
     return labels
 
 
-def _limited(parts: dict[str, Split], labels: Labels | None, config: Config, report: SplitReport) -> dict[str, Split]:
+def limited(parts: dict[str, Split], labels: Labels | None, config: Config, report: SplitReport) -> dict[str, Split]:
     """The splits with at most `data.limit` rows each."""
     limits = config.data.limit.model_dump()
     limited = {}
@@ -233,9 +239,8 @@ def _limited(parts: dict[str, Split], labels: Labels | None, config: Config, rep
     return limited
 
 
-def _check_classes(train: Split, labels: Labels, config: Config, report: SplitReport) -> None:
-    """What the final training split shows of the classes: refuse one class alone, note the ones that are missing."""
-    shown = {name for i in range(len(train.examples)) for name in _classes(train, i, labels)}
+def check_classes(shown: set[str], labels: Labels, config: Config, report: SplitReport) -> None:
+    """Which classes the final training split shows: refuse one class alone, note the ones that are missing."""
     if labels.kind == "single" and len(shown) == 1:
         raise DataError(
             f"data.limit.train = {config.data.limit.train} leaves only rows of the class {next(iter(shown))!r}.",
@@ -267,10 +272,10 @@ def _describe(parts: dict[str, Split], report: SplitReport) -> None:
             report.near_where.append(f"{where} = {stands[hits[0]][key]}")
 
 
-def _digest(parts: dict[str, Split]) -> str:
+def digest_of(parts: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for name, split in parts.items():
         digest.update(f"{name} {len(split.examples)}\n".encode())
-        for example in split.examples:
-            digest.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
+        for line in split.lines():
+            digest.update(line)
     return digest.hexdigest()

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -130,6 +130,6 @@ def _in_finalizer(frame: FrameType | None) -> bool:
     return False
 
 
-def describe_rows(data: EncodedSet, where: list[str], rows: list[int]) -> list[dict[str, Any]]:
+def describe_rows(data: EncodedSet, where: Sequence[str], rows: list[int]) -> list[dict[str, Any]]:
     """Provenance of encoded rows, for messages and failure.json."""
     return [{"row": where[int(data.rows[row])], "tokens": int(data.lengths[row])} for row in rows]
