@@ -147,7 +147,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for name, reason in inapplicable(values).items():
         if lookup(given, name) not in NEUTRAL:
             faults.append(Fault(tuple(name.split(".")), reason))
-    for check in (_empty_text, _splits, _labels, _targets, _patterns, _steps, _budget):
+    for check in (_empty_text, _splits, _streaming, _labels, _targets, _patterns, _steps, _budget):
         faults.extend(check(values))
     if lookup(values, "adapter.method") == "lora":
         faults.extend(_options(values))
@@ -181,6 +181,24 @@ def _splits(values: Tree) -> Iterator[Fault]:
             if lookup(values, f"training.{name}") not in (None, False):
                 text = "needs an evaluation split, and there is none; give data.eval, or a data.split.eval above 0"
                 yield Fault(("training", name), text)
+
+
+def _streaming(values: Tree) -> Iterator[Fault]:
+    """What needs all rows at once, or is not looked at row by row."""
+    if not lookup(values, "data.streaming"):
+        return
+    if isinstance(lookup(values, "data.train"), list):
+        text = "reads one file, and data.train is a mixture; write its parts into one file, or set it to false"
+        yield Fault(("data", "streaming"), text)
+    if lookup(values, "data.subset") is not None:
+        yield Fault(("data", "subset"), "is for hub data sets, and data.streaming reads files; remove it")
+    for name, value in (lookup(values, "data.clean") or {}).items():
+        if value not in ("refuse", "keep"):
+            text = f"got {value}, which data.streaming does not do; clean the file first, or set streaming to false"
+            yield Fault(("data", "clean", name), text)
+    if lookup(values, "data.near_duplicates") == "drop":
+        text = "got drop, and data.streaming only reports near duplicates; set report or off, or streaming to false"
+        yield Fault(("data", "near_duplicates"), text)
 
 
 def train_sources(values: Tree) -> list[str]:

@@ -30,6 +30,10 @@ from .spooling import HASHES, Places, Spool, StoredExamples, hashes_of, spool
 
 DRAWN_BY_HASH = "streamed: drawn by a hash of the input, not in proportion to the classes"
 
+NEAR_ONLY = (
+    "Near duplicates, streamed: those that differ in case, punctuation and spacing only; no others were looked for."
+)
+
 
 @dataclass
 class StreamedSplit(Split):
@@ -97,7 +101,8 @@ def stream_splits(config: Config) -> Splits:
     if labels is not None and labels.kind != "regression":
         check_classes(_shown(stored, own, rows["train"], labels), labels, config, report)
     report.made = {name: name in made for name in HELD_OUT if name in parts}
-    _describe(parts, {n: own.take(rows[n]) if n in rows else Hashes.of(p) for n, p in parts.items()}, report)
+    near = config.data.near_duplicates
+    _describe(parts, {n: own.take(rows[n]) if n in rows else Hashes.of(p) for n, p in parts.items()}, near, report)
     held = {name: parts.get(name) for name in HELD_OUT}
     return Splits(parts["train"], held["eval"], held["test"], stored.layout, labels, report, digest_of(parts))
 
@@ -237,10 +242,14 @@ def _drawn(config: Config, name: str, rows: np.ndarray, report: SplitReport) -> 
     return rows[np.sort(rng.choice(len(rows), limit, replace=False))]
 
 
-def _describe(parts: dict[str, Split], hashes: dict[str, Hashes], report: SplitReport) -> None:
+def _describe(parts: dict[str, Split], hashes: dict[str, Hashes], near: str, report: SplitReport) -> None:
     report.counts = {name: len(split.examples) for name, split in parts.items()}
     report.duplicates = {name: len(one.rows) - len(np.unique(one.rows)) for name, one in hashes.items()}
+    if near == "off":
+        return
     hits = {name: np.isin(hashes["train"].near, hashes[name].near) for name in HELD_OUT if name in parts}
+    if hits:
+        report.notes.append(NEAR_ONLY)
     report.near = {name: int(hit.sum()) for name, hit in hits.items() if hit.any()}
     report.near_where = _pairs(parts["train"].where, hashes["train"].near, hits, parts, hashes, "near")
 
