@@ -59,7 +59,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.supervise": ("causal-lm",),
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),
-    "data.streaming": TEXT,
+    "data.streaming": ("causal-lm", "text-classification", "seq2seq"),
     "data.image_size": ("image-classification",),
     "data.augment.image": ("image-classification",),
     "data.augment.text": TEXT,

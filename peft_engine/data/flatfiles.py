@@ -106,11 +106,12 @@ class Writer:
             sizes = progress["sizes"]
         except (FileNotFoundError, ValueError, KeyError):
             return False
-        for name, size in sizes.items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size < size:
-                return False
-            os.truncate(path, size)
+        paths = [self.folder / name for name in sizes]
+        if not all(path.is_file() and path.stat().st_size >= sizes[path.name] for path in paths):
+            return False
+        for path in paths:
+            name = path.name
+            os.truncate(path, sizes[name])
             self._digests[name] = _digest(path)
             self._files[name] = path.open("ab")
         self.state = progress["state"]

@@ -18,7 +18,7 @@ from .flatfiles import FlatArray, Writer, locked, mapped, read_notes, stored_byt
 from .streaming import StreamedSplit
 
 FORMAT = 1
-PIECE = 8192  # source rows between two points from which a lost writer can go on
+PIECE = 4096  # source rows between two points from which a lost writer can go on
 
 
 def encode_streamed(split: StreamedSplit, encode: Encode, fingerprint: dict[str, Any]) -> EncodedSet:

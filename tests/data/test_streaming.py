@@ -82,7 +82,7 @@ def both(whole: Config, streamed: Config) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("piece", [4, 8192])
+@pytest.mark.parametrize("piece", [4, 4096])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_splits_and_tokens(kind, piece, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(token_store, "PIECE", piece)
