@@ -12,6 +12,7 @@ from rich.console import Console
 from .adapters.group import Member
 from .building import build_group, encode_splits, make_trainees
 from .config import Config
+from .config_checks import PREFERENCE
 from .config_reading import load_config
 from .data.formats import is_conversation
 from .data.loading import load_splits, store_facts
@@ -52,10 +53,17 @@ def train(
     directory.refuse_occupied(resume=resume, overwrite=overwrite)
     signals = Signals()
     with directory, signals.handled(), ProgressView(Console(stderr=True), quiet or not main) as view:
-        return _Run(config, directory, signals, view, resume and directory.holds_run()).go()
+        kind = _preference_run() if config.task in PREFERENCE else Run
+        return kind(config, directory, signals, view, resume and directory.holds_run()).go()
 
 
-class _Run:
+def _preference_run() -> type["Run"]:
+    from .preference_run import PreferenceRun  # TRL is slow to import, and optional
+
+    return PreferenceRun
+
+
+class Run:
     """One call of `train`."""
 
     def __init__(

@@ -13,7 +13,7 @@ from .adapters.files import load_adapter
 from .adapters.group import Group
 from .building import refuse_too_long
 from .config import Config
-from .config_checks import LABELLED
+from .config_checks import LABELLED, PREFERENCE
 from .data.labels import Labels
 from .data.loading import encode_split, load_splits
 from .data.splitting import Split, load_one
@@ -23,7 +23,7 @@ from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
 from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
-from .tasks import Task, make_task
+from .tasks import TASKS, Task, make_task
 
 
 @dataclass
@@ -71,6 +71,11 @@ def evaluate(
         {"split", "rows", "metrics"}.
     """
     _, config = find_run(path, overrides)
+    if config.task in PREFERENCE:
+        raise ConfigError(
+            f"evaluate: a {config.task} run is judged against its reference, which only training holds.",
+            "Its metrics before and after are in run.json; use predict or generate.",
+        )
     if data is not None:  # what may be faulty is read before what takes time
         chosen, _ = load_one(data, config, need_label=True, default_split="test")
     else:
@@ -137,11 +142,11 @@ def generate(
     """Continue a prompt, through the chat template where the run learned conversations.
 
     Raises:
-        ConfigError: no finished causal-lm run, or nothing to answer.
+        ConfigError: no finished run that answers with text, or nothing to answer.
     """
     folder, config = find_run(path, overrides)
-    if config.task != "causal-lm":
-        raise ConfigError(f"generate needs a causal-lm run, {folder} is {config.task}.", "Use predict.")
+    if not TASKS[config.task].generates:
+        raise ConfigError(f"generate needs a run that answers with text, {folder} is {config.task}.", "Use predict.")
     if not prompt.strip():
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
     opened = open_run(path, overrides)

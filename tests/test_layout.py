@@ -35,6 +35,7 @@ ORDER = (
     "run_directory",
     "building",
     "run",
+    "preference_run",
     "using",
     "inspection",
     "printing",

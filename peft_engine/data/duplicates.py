@@ -27,7 +27,8 @@ def input_key(example: Example) -> str:
         if all(turn["role"] in ("system", "developer") for turn in asked):
             asked = turns
         return _canonical([[_stripped(turn) for turn in asked], example.get("tools")])
-    given = example["prompt"] if "prompt" in example else example["text"]
+    sides = [example.get("chosen"), example.get("rejected")]
+    given: Any = example.get("prompt", example.get("text", _canonical(sides)))
     if isinstance(given, str):
         return given.strip()
     return _canonical([[_stripped(turn) for turn in given], example.get("tools")])
@@ -35,7 +36,8 @@ def input_key(example: Example) -> str:
 
 def row_key(example: Example) -> str:
     """Input and answer; equal keys are rows that repeat each other."""
-    return _canonical([input_key(example), example.get("label"), example.get("completion"), example.get("messages")])
+    answers = ("label", "completion", "messages", "chosen", "rejected")
+    return _canonical([input_key(example), *(example.get(part) for part in answers)])
 
 
 def label_key(example: Example) -> str:

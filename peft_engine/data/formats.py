@@ -4,6 +4,9 @@
                          {"prompt": …, "completion": …}      both strings, or both lists of messages (then also "tools")
                          {"text": str}
     text-classification  {"text": str, "label": Any}                                    no label when predicting
+    dpo, orpo, reward    {"prompt": …, "chosen": …, "rejected": …}     strings, or lists of messages; the prompt may be
+                         missing where chosen and rejected hold it
+    kto                  {"prompt": …, "completion": …, "label": bool}
 
 Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or named in `data.columns`.
 """
@@ -19,7 +22,7 @@ from .parsing import Row, shown
 from .reading import Rows
 
 Example = dict[str, Any]
-Kind = Literal["messages", "prompt-completion", "text", "text-label"]
+Kind = Literal["messages", "prompt-completion", "text", "text-label", "preference", "rated"]
 
 CONVENTIONS = {
     "messages": ("messages", "conversations"),
@@ -28,18 +31,27 @@ CONVENTIONS = {
     "completion": ("completion", "output"),
     "text": ("text", "sentence", "content", "document"),
     "label": ("label", "labels", "class", "target", "category", "score", "sentiment"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
 KINDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
     "text-label": ("text", "label"),
+    "preference": ("chosen", "rejected"),
+    "rated": ("prompt", "completion", "label"),
 }
+PREFERENCE_KINDS: dict[str, Kind] = {"dpo": "preference", "orpo": "preference", "reward": "preference", "kto": "rated"}
 CAUSAL_KINDS: tuple[Kind, ...] = ("messages", "prompt-completion", "text")
 ANSWERS = ("label", "completion")
 PARTS = {
     "causal-lm": ("messages", "tools", "prompt", "completion", "text"),
     "text-classification": ("text", "label"),
+    "dpo": ("prompt", "chosen", "rejected", "tools"),
+    "orpo": ("prompt", "chosen", "rejected", "tools"),
+    "reward": ("prompt", "chosen", "rejected", "tools"),
+    "kto": ("prompt", "completion", "label", "tools"),
 }
 
 
@@ -70,17 +82,27 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
             f"data.columns.{unused[0]} = {columns[unused[0]]!r} has no use in task {task}.",
             f"Its parts are {', '.join(PARTS[task])}.",
         )
-    kind = "text-label" if task == "text-classification" else _causal_kind(rows, columns, need_label)
+    kind = _kind(rows, task, columns, need_label)
     found = {part: _find(rows, part, columns) for part in KINDS[kind] if need_label or part not in ANSWERS}
     if len(set(found.values())) < len(found):
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
     if kind == "prompt-completion":
         found |= _alpaca_input(rows, found, columns)
-    if kind in ("messages", "prompt-completion") and ("tools" in columns or _candidates(rows, "tools")):
+    if kind == "preference" and ("prompt" in columns or _candidates(rows, "prompt")):
+        found["prompt"] = _find(rows, "prompt", columns)
+    if kind != "text" and "tools" in PARTS[task] and ("tools" in columns or _candidates(rows, "tools")):
         found["tools"] = _find(rows, "tools", columns)
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
     return Layout(kind, found, answered=need_label)
+
+
+def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> Kind:
+    if task == "text-classification":
+        return "text-label"
+    if task in PREFERENCE_KINDS and need_label:
+        return PREFERENCE_KINDS[task]
+    return _causal_kind(rows, columns, need_label)
 
 
 def _alpaca_input(rows: Rows, found: dict[str, str], columns: dict[str, str]) -> dict[str, str]:
@@ -189,7 +211,7 @@ def refused_rows(where: str, problem: Malformed, count: int) -> DataError:
 
 def is_conversation(example: Example) -> bool:
     """Whether an example goes through the chat template."""
-    return "messages" in example or isinstance(example.get("prompt"), list)
+    return "messages" in example or isinstance(example.get("prompt", example.get("chosen")), list)
 
 
 def _text_example(row: Row, layout: Layout) -> Example:
@@ -233,6 +255,27 @@ def _completion_example(row: Row, layout: Layout) -> Example:
     return example | (_tools(row, layout) if isinstance(prompt, list) else {})
 
 
+def _preference_example(row: Row, layout: Layout) -> Example:
+    example = {
+        part: _side(row, layout.columns[part]) for part in ("prompt", "chosen", "rejected") if part in layout.columns
+    }
+    if len({type(side) for side in example.values()}) > 1:
+        raise Malformed("of prompt, chosen and rejected some are strings, others lists of messages")
+    if example["chosen"] == example["rejected"]:
+        raise Malformed("chosen and rejected are the same: there is no preference to learn")
+    return example | _tools(row, layout)
+
+
+def _rated_example(row: Row, layout: Layout) -> Example:
+    example = _completion_example(row, layout)
+    label = row.get(layout.columns["label"])
+    known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+    key = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(key, str | bool | int) or key not in known:
+        raise Malformed(f"the label is {shown(label)}; expected true (a good answer) or false")
+    return {**example, "label": known[key]}
+
+
 def _side(row: Row, column: str) -> str | list[dict[str, Any]]:
     return as_conversation(row[column], column) if isinstance(row.get(column), list) else _filled_string(row, column)
 
@@ -257,4 +300,6 @@ _CONVERTERS: dict[Kind, Callable[[Row, Layout], Example]] = {
     "prompt-completion": _completion_example,
     "text": _text_example,
     "text-label": _labelled_example,
+    "preference": _preference_example,
+    "rated": _rated_example,
 }

@@ -6,11 +6,13 @@ hash with a probability of n²/2⁶⁵ among n rows, 3e-8 for a million.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +21,8 @@ import numpy as np
 
 from ..config import Config
 from ..errors import DataError, EngineError
+from . import duplicates, flatfiles, formats, parsing, rowstream
+from . import messages as chat_shape
 from .duplicates import input_key, label_key, near_key, row_key
 from .flatfiles import Writer, locked, mapped, read_exactly, read_notes
 from .formats import Example, Layout, find_layout, refused_rows, to_example
@@ -27,7 +31,6 @@ from .messages import Malformed
 from .reading import Rows
 from .rowstream import RowStream
 
-FORMAT = 1
 PIECE = 1024  # rows that are written at once
 FIRST_ROWS = 1000  # rows that tell the columns, unless later ones bring more
 MOST_VALUES = 20_000  # different labels that are remembered one by one
@@ -125,7 +128,7 @@ def hashes_of(example: Example) -> tuple[bytes, bytes, bytes, bytes]:
     return hashed(key), hashed(row_key(example)), hashed(near_key(key)), hashed(label_key(example))
 
 
-def spool(config: Config, cache: Path) -> Spool:
+def spool(config: Config, place: Path) -> Spool:
     """The rows of `data.train` on disk: as an earlier pass left them, else from one pass over the file.
 
     Raises:
@@ -135,8 +138,8 @@ def spool(config: Config, cache: Path) -> Spool:
     assert isinstance(config.data.train, str)
     stream = RowStream(config.data.train)
     columns: dict[str, str] = dict(config.data.columns.items())
-    named = json.dumps([FORMAT, stream.digest(), config.task, columns], sort_keys=True)
-    folder = cache / "streamed" / hashlib.sha256(named.encode()).hexdigest() / "rows"
+    named = json.dumps([_code(), stream.digest(), config.task, columns], sort_keys=True)
+    folder = place / "streamed" / hashlib.sha256(named.encode()).hexdigest() / "rows"
     with locked(folder):
         notes = read_notes(folder)
         if notes is None:
@@ -160,6 +163,14 @@ def spool(config: Config, cache: Path) -> Spool:
                 raise
     layout = Layout(notes["kind"], notes["columns"])
     return Spool(folder, stream, layout, notes["rows"], notes["values"])
+
+
+@cache
+def _code() -> str:
+    """sha256 of the code that decides what a store holds: one that another version wrote is not read."""
+    modules = (chat_shape, duplicates, flatfiles, formats, parsing, rowstream)
+    text = "".join(inspect.getsource(module) for module in modules) + inspect.getsource(_Pieces)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _first_columns(stream: RowStream) -> list[str]:

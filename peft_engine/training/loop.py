@@ -83,7 +83,7 @@ class Loop:
             if step % evaluate_every == 0 or last:
                 self._evaluate_all(step)
             last = last or all(t.stopped for t in self.trainees)
-            reason = self._stop_reason()
+            reason = stop_reason(self.config, self.signals, self.hooks.elapsed())
             if step % save_every == 0 or last or reason:
                 self.hooks.save(step)
             if reason and not last:
@@ -254,24 +254,6 @@ class Loop:
                 for name, tensor in trainee.best_tensors.items():
                     trainee.member.tensors[name].copy_(tensor)
 
-    def _stop_reason(self) -> Interrupted | BudgetReached | None:
-        if self.signals.wanted:
-            return Interrupted(
-                f"{self.signals.wanted}: stopped after a complete checkpoint.",
-                "Run it again with --resume (and without --overwrite).",
-            )
-        budget, seconds = self.config.budget, self.hooks.elapsed()
-        spent = cost_usd(seconds, budget.usd_per_hour)
-        if budget.max_hours is not None and seconds >= budget.max_hours * 3600:
-            return BudgetReached(
-                f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume."
-            )
-        if budget.max_usd is not None and spent is not None and spent >= budget.max_usd:
-            return BudgetReached(
-                f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume."
-            )
-        return None
-
     def _resident(self, trainee: Trainee) -> list[torch.Tensor]:
         """Tensors that live from step to step: all weights and buffers, every member's optimizer state."""
         states = [
@@ -285,3 +267,21 @@ class Loop:
 
     def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:
         return row if len(self.trainees) == 1 else {"member": trainee.member.spec.name, **row}
+
+
+def stop_reason(config: Config, signals: Signals, seconds: float) -> Interrupted | BudgetReached | None:
+    """Why to stop after this step: a signal, or a budget that `seconds` of wall time have used up."""
+    if signals.wanted:
+        return Interrupted(
+            f"{signals.wanted}: stopped after a complete checkpoint.",
+            "Run it again with --resume (and without --overwrite).",
+        )
+    budget = config.budget
+    spent = cost_usd(seconds, budget.usd_per_hour)
+    if budget.max_hours is not None and seconds >= budget.max_hours * 3600:
+        return BudgetReached(f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume.")
+    if budget.max_usd is not None and spent is not None and spent >= budget.max_usd:
+        return BudgetReached(
+            f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume."
+        )
+    return None
