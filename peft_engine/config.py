@@ -76,7 +76,8 @@ class ModelConfig(Section):
     tokens. `auto` reads a sentence-transformers `1_Pooling/config.json` where there is one, and takes `mean` where the
     model's own pooler has no pretrained weights; else `model`."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention code of transformers; `auto` is its own choice."""
+    """Attention code of transformers; `auto` is its own choice. `flash_attention_2` needs CUDA, 16-bit computation and
+    the package flash-attn."""
     new_tokens: list[Pattern] = []
     """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
     trust_remote_code: bool = False
@@ -98,14 +99,19 @@ class AdapterConfig(Section):
     causal LM), `bitfit` bias terms (and the task's new head). `houlsby`, `pfeiffer` and `parallel` are bottleneck
     adapters. All other names are methods of the peft library."""
     rank: Count = 16
-    """Rank r of each update (LoRA, Hu et al. 2021)."""
+    """Rank r of each update (LoRA, Hu et al. 2021), of methods that train about r·(in + out) numbers per module: lora,
+    loha, lokr, hira, gralora, delora, deft, glora, hra, shira, poly; adalora's average rank at the end (it starts at
+    1.5 times it); the width of bottleneck adapters. Where peft's `r` counts something else (vera, miss, randlora,
+    psoft, ...), peft's default holds and `options: {r: 256}` changes it."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """Updates are scaled by alpha/rank, or alpha/sqrt(rank) with `rslora`."""
+    """Updates are scaled by alpha/rank, or alpha/sqrt(rank) with `rslora`: lora, adalora, loha, lokr, gralora, and the
+    output of `parallel`. Other scales of peft's methods go under `options`."""
     dropout: Share = 0.05
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input, where the method has it (lora, adalora, hira, vera, randlora, miss, ...)."""
     targets: str | list[str] = "all-linear"
-    """`all-linear` (every Linear and Conv1D but the output head), one regular expression for full module names, or a
-    list of module-name endings. Each must match something."""
+    """`all-linear` (every Linear and Conv1D but the output head; where a model has none, as convolutional ones, every
+    convolution; the norms for `layernorm`), one regular expression for full module names, or a list of module-name
+    endings. Each must match something."""
     layers: list[Annotated[int, Field(ge=0)]] | LayersConfig | None = None
     """Adapt only these layers: indices from 0, or `{last: 6}`, or `{first: 6}`; null is all."""
     rank_pattern: dict[str, Count] = {}
@@ -118,15 +124,18 @@ class AdapterConfig(Section):
     """Scale by alpha/sqrt(rank) (Kalajdzievski 2023)."""
     dora: bool = False
     """Weight-decomposed update with a trained magnitude (DoRA, Liu et al. 2024)."""
-    init: Annotated[str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*)$")] = "default"
-    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa` or
-    `pissa_niter_N`."""
+    init: Annotated[
+        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|eva|lora-ga)$")
+    ] = "default"
+    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`, or
+    from training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained beside the adapter."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+ (Hayou et al. 2024): learning rate of B as a multiple of A's."""
     options: dict[str, Any] = {}
-    """Further fields of the peft config of this method, by peft's own names."""
+    """Further fields of the peft config of this method, by peft's own names (`num_virtual_tokens` of the prompt methods
+    is 20 by default). Bottleneck adapters have `activation`."""
     start_from: str | None = None
     """Warm start: a run directory or an adapter folder with the same method and shapes, whose weights this run starts
     from (its optimizer and schedule start anew)."""
@@ -154,7 +163,7 @@ class SourceConfig(Section):
     path: str
     """File, folder or hub data set."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a row of it is seen in an epoch: 2 is twice, 0.5 is a fresh half of its rows in each epoch."""
+    """How often a row of it is seen in an epoch of training: 2 is twice, 0.5 is a fresh half of its rows in each."""
     columns: dict[Part, str] = {}
     """Columns of this source, where they are not those of `data.columns`."""
 
@@ -163,9 +172,9 @@ class CleanConfig(Section):
     """What is done with faulty rows. Every row that is dropped is counted and reported."""
 
     malformed: Literal["refuse", "drop"] = "refuse"
-    """Rows that can't be read or lack a part that is needed."""
+    """Rows that can't be read or lack a part that is needed, in any split. More than half of a file is refused."""
     empty: Literal["refuse", "drop"] = "refuse"
-    """Rows whose text or label is empty."""
+    """Rows whose text or label is empty, in any split."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Rows that repeat an earlier one of their split, answer included."""
     contradictory: Literal["keep", "drop", "majority"] = "keep"
@@ -224,12 +233,15 @@ class DataConfig(Section):
     columns: dict[Part, str] = {}
     """Which of the file's columns play which part; what is not named is found by convention."""
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens per sequence. Longer plain text is cut into windows, longer conversations and inputs at their end."""
+    """Tokens per sequence (seq2seq: of source and target each; choices: of each with its text). Longer plain text is
+    cut into windows, longer conversations and inputs at their end."""
     packing: bool = False
-    """Causal LM: several samples in one sequence, each blind to the others, so that nothing is padded. The optimizer
-    step sees the same samples and computes the same loss; refused where isolation can't hold."""
+    """Causal LM: several samples in one sequence, each blind to the others, so that little or nothing is padded. The
+    optimizer step sees the same samples and computes the same loss; models in which a sample would see another are
+    refused. Dropout masks are named by the pack, so with dropout a packed run draws others than an unpacked one."""
     pack_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a packed sequence at most; null is `max_length`."""
+    """Tokens of a pack at most (a longer sample stands alone); null is `max_length`. A pack's attention costs its
+    length squared but with flash attention: for short samples a few times their length is enough."""
     streaming: bool = False
     """Keep the rows of `train` and their tokens on disk (in `cache`; where that is null in the run directory, until the
     run ends), for data larger than memory. One file that can be read row by row (jsonl, csv, tsv, txt, parquet, arrow;
@@ -243,11 +255,13 @@ class DataConfig(Section):
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity from which on two rows are near duplicates."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
-    """Weight of each class in the training loss; `balanced` is inverse to its frequency, mean 1 over the rows."""
+    """Weight of each class in the training loss, a mean weighted over the whole batch; evaluation is not weighted.
+    `balanced` is inverse to its frequency, mean 1 over the rows; by name, classes that are not named weigh 1."""
     augment: AugmentConfig = AugmentConfig()
     """Changes to training rows."""
     image_size: Annotated[int, Field(ge=8)] | None = None
-    """Images are resized to this height and width; null is the processor's own size."""
+    """Height and width of what the model sees; null is the processor's own size. The share of an image that the
+    processor cuts off at the edges stays the same."""
     supervise: Literal["auto", "assistant", "last", "all"] = "auto"
     """Causal LM: which tokens are learned. `assistant` is every assistant turn, `last` the last one, `all` everything;
     `auto` is `assistant` for messages, the completion for prompt/completion, `all` for text."""
@@ -281,7 +295,8 @@ class TrainingConfig(Section):
     batch_size: Count = 16
     """Sequences per optimizer step over all processes: what the mathematics sees."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Sequences in memory at once. `auto` starts at `batch_size` and halves on out-of-memory."""
+    """Sequences in memory at once. `auto` starts at `batch_size` and halves on out-of-memory. With `data.packing` as
+    many packs as need no more tokens than that many of the step's longest sample, but at least one pack."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"

@@ -6,35 +6,23 @@ reported together.
 
 import difflib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
+from peft_engine.config_options import option_faults
+
 KeyPath = tuple[str | int, ...]
 Tree = Mapping[str, Any]
 
-LORA_ONLY = (
-    "adapter.rank",
-    "adapter.alpha",
-    "adapter.dropout",
-    "adapter.targets",
-    "adapter.layers",
-    "adapter.rank_pattern",
-    "adapter.alpha_pattern",
-    "adapter.modules_to_save",
-    "adapter.rslora",
-    "adapter.dora",
-    "adapter.init",
-    "adapter.bias",
-    "adapter.lora_plus_ratio",
-    "adapter.options",
-)
 CLASSES = ("text-classification", "image-classification")
 LABELLED = (*CLASSES, "token-classification")
 """Tasks with class names."""
 TEXT = ("causal-lm", "text-classification", "token-classification", "seq2seq")
 PREFERENCE = ("dpo", "orpo", "kto", "reward")
+TASKS = (*TEXT, "image-classification", *PREFERENCE)
+"""All of `config.TaskName`, for what must not wait for pydantic."""
 TASK_ONLY: dict[str, tuple[str, ...]] = {
     "model.pooling": ("text-classification",),
     "model.new_tokens": ("causal-lm", "seq2seq"),
@@ -56,6 +44,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.columns.completion": ("causal-lm", "kto"),
     "data.columns.chosen": ("dpo", "orpo", "reward"),
     "data.columns.rejected": ("dpo", "orpo", "reward"),
+    "data.max_length": (*TEXT, *PREFERENCE),
     "data.supervise": ("causal-lm",),
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),
@@ -67,30 +56,13 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
     "evaluation.num_beams": ("seq2seq",),
     "preference": PREFERENCE,
+    "training.neftune_alpha": TEXT,
+    "training.ema_decay": (*TEXT, "image-classification"),
+    "training.trainable": (*TEXT, "image-classification"),
+    "training.frozen": (*TEXT, "image-classification"),
 }
 NEUTRAL: tuple[Any, ...] = (None, False, 0, "auto", "none", {}, [])
 """Values that ask for nothing, so that they may stand where the setting does not apply."""
-
-OUR_NAMES = {
-    "r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "target_modules": "adapter.targets",
-    "layers_to_transform": "adapter.layers",
-    "rank_pattern": "adapter.rank_pattern",
-    "alpha_pattern": "adapter.alpha_pattern",
-    "modules_to_save": "adapter.modules_to_save",
-    "use_rslora": "adapter.rslora",
-    "use_dora": "adapter.dora",
-    "init_lora_weights": "adapter.init",
-    "bias": "adapter.bias",
-    "peft_type": "adapter.method",
-    "task_type": "task",
-    "base_model_name_or_path": "model.path",
-    "revision": "model.revision",
-}
-"""peft's fields that are settings of ours."""
-ENGINE_SETS = ("inference_mode", "peft_version", "auto_mapping")
 
 
 @dataclass(frozen=True)
@@ -120,12 +92,11 @@ def inapplicable(values: Tree) -> dict[str, str]:
     """Settings without effect under this method, task and optimizer: dotted name → why, and what to do."""
     found = {}
     method, task = lookup(values, "adapter.method"), lookup(values, "task")
-    if method is not None and method != "lora":
-        for name in LORA_ONLY:
-            found[name] = (
-                f"applies to adapter.method lora only, and the method is {method}; remove it "
-                f"(on the command line: --set 'adapter={{method: {method}}}')"
-            )
+    if method in SETTINGS:
+        own = {*SETTINGS[method], *(() if method in WHOLE_TENSORS else ("options",))}
+        for name in (*ADAPTER_SETTINGS, "options"):
+            if name not in own:
+                found[f"adapter.{name}"] = _not_of_method(method, name)
     if task is not None:
         for name, owners in TASK_ONLY.items():
             if task not in owners:
@@ -134,6 +105,21 @@ def inapplicable(values: Tree) -> dict[str, str]:
     if lookup(values, "training.optimizer") == "adafactor":
         found["training.betas"] = "has no effect with optimizer adafactor; remove it"
     return found
+
+
+def _not_of_method(method: str, name: str) -> str:
+    """Why a setting of `adapter` has no effect with a method."""
+    others = owners(name)
+    if name in ("rank", "alpha", "dropout") and method not in (*WHOLE_TENSORS, *BOTTLENECK, *PROMPTS):
+        return (
+            f"means something else, or nothing, for adapter.method {method}; remove it "
+            f"(what peft has for {method} goes under adapter.options, by peft's own names)"
+        )
+    which = f"adapter.method {others[0]}" if len(others) == 1 else "other methods"
+    return (
+        f"applies to {which} only, and the method is {method}; remove it "
+        f"(on the command line: --set 'adapter={{method: {method}}}')"
+    )
 
 
 def cross_faults(given: Tree, values: Tree) -> list[Fault]:
@@ -147,10 +133,26 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for name, reason in inapplicable(values).items():
         if lookup(given, name) not in NEUTRAL:
             faults.append(Fault(tuple(name.split(".")), reason))
-    for check in (_empty_text, _splits, _streaming, _labels, _targets, _patterns, _steps, _budget):
+    for check in (
+        _empty_text,
+        _splits,
+        _streaming,
+        _labels,
+        _sources,
+        _class_weights,
+        _augment,
+        _targets,
+        _layers,
+        _patterns,
+        _selection,
+        _start_from,
+        _steps,
+        _budget,
+        _packing,
+        _attention,
+    ):
         faults.extend(check(values))
-    if lookup(values, "adapter.method") == "lora":
-        faults.extend(_options(values))
+    faults.extend(_options(values))
     return faults
 
 
@@ -196,6 +198,12 @@ def _streaming(values: Tree) -> Iterator[Fault]:
         if value not in ("refuse", "keep"):
             text = f"got {value}, which data.streaming does not do; clean the file first, or set streaming to false"
             yield Fault(("data", "clean", name), text)
+    if lookup(values, "data.class_weights") not in (None, "none"):
+        text = "counts the classes of all rows, which data.streaming does not; remove it, or set streaming to false"
+        yield Fault(("data", "class_weights"), text)
+    if any((lookup(values, "data.augment.text") or {}).values()):
+        text = "changes rows that are held in memory, and data.streaming holds none; remove it, or set that to false"
+        yield Fault(("data", "augment", "text"), text)
     if lookup(values, "data.near_duplicates") == "drop":
         text = "got drop, and data.streaming only reports near duplicates; set report or off, or streaming to false"
         yield Fault(("data", "near_duplicates"), text)
@@ -225,6 +233,43 @@ def _labels(values: Tree) -> Iterator[Fault]:
         yield Fault(("data", "labels"), "regression has no classes; remove it, or set data.label_type: single")
 
 
+def _sources(values: Tree) -> Iterator[Fault]:
+    train = lookup(values, "data.train")
+    paths = train_sources(values) if isinstance(train, list) else []
+    task = lookup(values, "task")
+    for i, part in enumerate(train if isinstance(train, list) and task in PREFERENCE else []):
+        if isinstance(part, Mapping) and part.get("weight", 1.0) != 1.0:
+            told = f"applies to the tasks that train in our own loop, and the task is {task}; remove it"
+            yield Fault(("data", "train", i, "weight"), told)
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            text = f"got {path} a second time; name it once, with a weight"
+            yield Fault(("data", "train", i, "path"), text)
+
+
+def _class_weights(values: Tree) -> Iterator[Fault]:
+    path, weights = ("data", "class_weights"), lookup(values, "data.class_weights")
+    kind, labels = lookup(values, "data.label_type"), lookup(values, "data.labels")
+    if weights == "none" or weights is None:
+        return
+    if kind in ("multi", "regression"):
+        yield Fault(path, f"weighs rows of one class each, and data.label_type is {kind}; remove it")
+    elif isinstance(weights, Mapping):
+        names = [str(label) for label in labels or []]
+        for name in weights:
+            if names and name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:10])}"
+                yield Fault((*path, name), f"is no class of data.labels; {hint}")
+
+
+def _augment(values: Tree) -> Iterator[Fault]:
+    text = lookup(values, "data.augment.text")
+    if text and any(text.values()) and lookup(values, "data.packing"):
+        told = "changes lengths, and data.packing lays sequences out by them; leave one of the two out"
+        yield Fault(("data", "augment", "text"), told)
+
+
 def _targets(values: Tree) -> Iterator[Fault]:
     targets, path = lookup(values, "adapter.targets"), ("adapter", "targets")
     if not targets:
@@ -242,10 +287,37 @@ def _targets(values: Tree) -> Iterator[Fault]:
             yield Fault(("adapter", "layers"), text)
 
 
+def _layers(values: Tree) -> Iterator[Fault]:
+    layers = lookup(values, "adapter.layers")
+    if layers == []:
+        yield Fault(("adapter", "layers"), "names no layer; null adapts all")
+    if isinstance(layers, Mapping) and (layers.get("first") is None) == (layers.get("last") is None):
+        yield Fault(("adapter", "layers"), "expected either first or last, such as {last: 6}")
+
+
 def _patterns(values: Tree) -> Iterator[Fault]:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in lookup(values, f"adapter.{name}"):
             yield from _regex(("adapter", name, pattern), pattern)
+
+
+def _selection(values: Tree) -> Iterator[Fault]:
+    for name in ("trainable", "frozen"):
+        for number, pattern in enumerate(lookup(values, f"training.{name}") or ()):
+            yield from _regex(("training", name, number), pattern)
+    if lookup(values, "training.trainable") == []:
+        yield Fault(("training", "trainable"), "got an empty list, which would train nothing; null trains all")
+
+
+def _start_from(values: Tree) -> Iterator[Fault]:
+    init = lookup(values, "adapter.init")
+    if lookup(values, "adapter.start_from") is not None and str(init).startswith(("pissa", "olora")):
+        yield Fault(
+            ("adapter", "start_from"),
+            f"can't be combined with adapter.init {init}, which begins at weights of its own and moves them out of the "
+            "frozen ones; remove init (a run that used it is saved as an adapter of twice its rank for the original "
+            "weights: take adapter.rank and adapter.alpha from r and lora_alpha of its adapter_config.json)",
+        )
 
 
 def _regex(path: KeyPath, pattern: str) -> Iterator[Fault]:
@@ -273,39 +345,24 @@ def _budget(values: Tree) -> Iterator[Fault]:
         yield Fault(("budget", "max_usd"), "needs budget.usd_per_hour, the price of this machine")
 
 
-def _options(values: Tree) -> Iterator[Fault]:
-    """Further peft fields: they must exist, must not repeat settings of ours, and peft must take them together."""
-    options = lookup(values, "adapter.options")
-    if not options:
-        return
-    from peft import LoraConfig  # slow: only where it is needed
+def _packing(values: Tree) -> Iterator[Fault]:
+    packing = lookup(values, "data.packing")
+    if lookup(values, "data.pack_tokens") is not None and not packing:
+        yield Fault(("data", "pack_tokens"), "has no effect without data.packing: true; set that, or remove this")
 
-    free = sorted(set(LoraConfig.__dataclass_fields__) - set(OUR_NAMES) - set(ENGINE_SETS))
-    refused = False
-    for key in options:
-        path, text = ("adapter", "options", key), None
-        if key in OUR_NAMES:
-            text = f"is a setting of its own here; write {OUR_NAMES[key]}"
-        elif key in ENGINE_SETS:
-            text = "is set by the engine; remove it"
-        elif key not in free:
-            near = difflib.get_close_matches(key, [*free, *OUR_NAMES], n=1)
-            hint = f"nearest: {OUR_NAMES.get(near[0], near[0])}" if near else f"it has {', '.join(free)}"
-            text = f"peft's LoraConfig has no such field; {hint}"
-        if text:
-            refused = True
-            yield Fault(path, text)
-    if refused:
+
+def _attention(values: Tree) -> Iterator[Fault]:
+    if lookup(values, "model.attention") != "flash_attention_2":
         return
-    init, targets = lookup(values, "adapter.init"), lookup(values, "adapter.targets")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            LoraConfig(
-                **options,
-                use_dora=lookup(values, "adapter.dora"),
-                init_lora_weights=True if init == "default" else init,
-                target_modules=targets if isinstance(targets, list) else None,
-                layers_to_transform=lookup(values, "adapter.layers"),
-            )
-    except (TypeError, ValueError) as error:
-        yield Fault(("adapter", "options"), f"peft refuses these settings: {' '.join(str(error).split())}")
+    device, precision, dtype = (lookup(values, n) for n in ("device", "training.precision", "model.dtype"))
+    if device not in ("auto", "cuda"):
+        yield Fault(("model", "attention"), f"flash_attention_2 runs on CUDA only, and device is {device}; write sdpa")
+    elif precision == "fp32" and dtype in ("auto", "float32"):
+        yield Fault(("model", "attention"), "flash_attention_2 computes in 16 bits; set training.precision: bf16")
+
+
+def _options(values: Tree) -> Iterator[Fault]:
+    method, adapter = lookup(values, "adapter.method"), lookup(values, "adapter")
+    if adapter["options"] and method in SETTINGS and method not in WHOLE_TENSORS:
+        for key, text in option_faults(method, adapter, lookup(values, "training.steps")):
+            yield Fault(("adapter", "options", *([key] if key else [])), text)

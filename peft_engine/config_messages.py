@@ -15,6 +15,8 @@ from peft_engine.config_names import ADVICE, EXPECTED, KEYS, NOT_YET, VALUES
 from peft_engine.config_yaml import Origin, show
 
 Schema = dict[str, Any]
+MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float)|[A-Z]\w*Config)$")
+"""pydantic's names of union members."""
 
 
 @functools.cache
@@ -42,8 +44,8 @@ def nests(schema: Schema) -> bool:
 
 def child(schema: Schema, part: str | int) -> Any:
     """The schema one step down; None where there is no such place."""
-    schema = resolve(schema)
-    for option in schema.get("anyOf", [schema]):
+    for choice in schema.get("anyOf", [schema]):
+        option = resolve(choice)
         if isinstance(part, int):
             if "prefixItems" in option or "items" in option:
                 items = option.get("prefixItems", [])
@@ -120,7 +122,7 @@ def got(value: Any, origin: Origin | None) -> str:
 def wrong_value(path: KeyPath, value: Any, origin: Origin | None) -> str:
     """The text for a value of the wrong type or out of bounds."""
     schema, name = at(path) or {}, dotted(path)
-    asked = EXPECTED.get(name) or expected(schema)
+    asked = EXPECTED.get(re.sub(r"\[\d+\]", "[]", name)) or expected(schema)
     word = (show(value) if not isinstance(value, str) else value).lower()
     if word in NOT_YET.get(name, "").split():
         return f"{got(value, origin)}, which is not in this version; this version has {asked.removeprefix('one of ')}"
@@ -230,9 +232,14 @@ def _own_path(loc: tuple[str | int, ...]) -> tuple[KeyPath, bool]:
     """pydantic's location without its names of union members; whether the key itself is the fault."""
     path: list[str | int] = []
     schema: Schema | None = full_schema()
+    named = False  # the union's member was just named
     for part in loc:
         if part == "[key]":
             return tuple(path), True
+        if isinstance(part, str) and MEMBER.match(part) and not named and schema and "anyOf" in schema:
+            named = True
+            continue
+        named = False
         below = child(schema, part) if schema is not None else None
         union = schema is not None and "anyOf" in resolve(schema)
         if below is None and union and isinstance(part, str):

@@ -21,6 +21,10 @@ class EngineError(Exception):
         self.fix = fix
 
 
+class ProcessLost(EngineError):
+    """Of several processes that make one run, another has ended."""
+
+
 class ConfigError(EngineError, ValueError):
     """A setting, an argument, or a model or file that isn't there."""
 

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from .adapters.files import save_adapter
 from .adapters.group import Group, Member
+from .adapters.peft_methods import trim_prompts
+from .backbone import embeddings_of
 from .config import Config
+from .config_methods import BOTTLENECK
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
@@ -87,10 +90,10 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         ConfigError: the method is not peft's.
         VerificationError: they differ beyond the bound.
     """
-    if group.method != "lora":
+    if not isinstance(group.model, PeftModel):
         raise ConfigError(
             f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
-            "Use export --merged.",
+            "Its files load in this engine." if config.adapter.method in BOTTLENECK else "Use export --merged.",
         )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
@@ -102,6 +105,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         dtype=group.backbone.model.dtype,
     )
     plain = PeftModel.from_pretrained(base.to(next(group.model.parameters()).device), str(folder))
+    trim_prompts(plain)
     return _judge(trained, _logits(plain, batch, task.plain_logits), group, "The adapter loaded in plain peft")
 
 
@@ -113,6 +117,12 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     Raises:
         VerificationError: the reloaded model differs beyond the bound for its dtype.
     """
+    if config.adapter.method in BOTTLENECK:
+        raise ConfigError(
+            f"adapter.method: a {config.adapter.method} adapter is a network between the layers; it can't be folded "
+            "into the weights.",
+            "Export it without --merged, or train lora.",
+        )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
     model: Any = group.model
@@ -135,7 +145,7 @@ def _merge(model: PeftModel) -> Any:
     of the two was trained: else its update would enter both (trap 13).
     """
     base: Any = model.get_base_model()
-    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    ends: list[Any] = list(embeddings_of(base))
     for end in ends:
         layer: Any = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
         if layer is not None and all(e is not None for e in ends) and ends[0].weight is ends[1].weight:
@@ -143,7 +153,7 @@ def _merge(model: PeftModel) -> Any:
     try:
         merge: Any = model.merge_and_unload
         return merge(safe_merge=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error
 
 

@@ -1,11 +1,14 @@
 """Text that a model makes: prompts of rows, greedy or sampled continuation, exact match."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from . import processes
+from .adapters.sharding import is_sharded
 from .backbone import positions_of
 from .data.chat import Rendered, encode_rendered, render_prompt, stop_token_ids
 from .data.formats import Example, is_conversation
@@ -68,7 +71,8 @@ def generate_text(
     with torch.no_grad(), matched(model):
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=room, pad_token_id=fill, streamer=streamer,
-            eos_token_id=stop_ids(model, tokenizer), use_cache=True, **sampling,
+            eos_token_id=stop_ids(model, tokenizer), use_cache=True,
+            synced_gpus=is_sharded(model), **sampling,
         )  # fmt: skip
     return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)) for row in out]
 
@@ -112,9 +116,16 @@ def generate_all(
     *,
     templated: bool,
 ) -> list[str]:
-    """`generate_text`, `batch_size` prompts at once."""
-    texts: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        texts += generate_text(model, tokenizer, part, max_new_tokens, templated=templated)
-    return texts
+    """`generate_text`, `batch_size` prompts at once; several processes do a share each."""
+    rounds = math.ceil(math.ceil(len(prompts) / processes.world()) / batch_size)
+
+    def work(own: list[str]) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, rounds * batch_size, batch_size):
+            part = own[start : start + batch_size]
+            if part or is_sharded(model):  # a sharded model runs in all processes at once
+                found = generate_text(model, tokenizer, part or prompts[:1], max_new_tokens, templated=templated)
+                texts += found[: len(part)]
+        return texts
+
+    return processes.spread(prompts, work)

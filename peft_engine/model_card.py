@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from .adapters.group import Group
 from .config import Config
 from .data.labels import Labels
+from .data.mixing import name_of
+from .tasks.text_classification import MeanPooled
 
 PEFT_CAUSAL = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -19,6 +23,36 @@ from transformers import AutoModelForSequenceClassification
 
 base = AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels={outputs})
 base.config.pad_token_id = {pad}
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_IMAGES = """import torch
+from PIL import Image
+from peft import PeftModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("THIS_FOLDER", backend="pil")
+base = AutoModelForImageClassification.from_pretrained({path!r}, num_labels={outputs}, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
+
+batch = processor([Image.open("some.png").convert("RGB")], return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits"""
+PEFT_TAGS = """from peft import PeftModel
+from transformers import AutoModelForTokenClassification
+
+base = AutoModelForTokenClassification.from_pretrained({path!r}, num_labels={outputs})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_SEQ2SEQ = """from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+
+base = AutoModelForSeq2SeqLM.from_pretrained({path!r})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
+
+PEFT_CHOICES = """from peft import PeftModel
+from transformers import AutoModelForMultipleChoice
+
+base = AutoModelForMultipleChoice.from_pretrained({path!r})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")"""
 
 PEFT_MEAN = """import torch
@@ -55,6 +89,17 @@ weight = batch["attention_mask"].unsqueeze(-1)
 mean = (hidden * weight).sum(1) / weight.sum(1)
 logits = mean @ head["classifier.weight"].T + head["classifier.bias"]  # classes: {classes}"""
 
+MERGED_IMAGES = """import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("THIS_FOLDER", backend="pil")
+model = AutoModelForImageClassification.from_pretrained("THIS_FOLDER").eval()
+
+batch = processor([Image.open("some.png").convert("RGB")], return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits"""
+
 MERGED = """from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
@@ -71,6 +116,8 @@ def write_merged_card(path: Path, config: Config, auto: str, labels: Labels | No
     snippet = (
         MERGED_MEAN.format(length=config.data.max_length, classes=classes) if mean_pooled else MERGED.format(auto=auto)
     )
+    if config.task == "image-classification":
+        snippet = MERGED_IMAGES
     note = [
         "The head is one linear layer on the *mean* of the last hidden states over real tokens. No Auto class of",
         "transformers does that: loaded as a sequence classifier, the head would sit on an untrained pooler.",
@@ -118,7 +165,7 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         "",
         "## Data",
         "",
-        f"`{config.data.train}`: "
+        f"`{name_of(config)}`: "
         + ", ".join(f"{name} {count:,} rows" for name, count in data["counts"].items())
         + f"; sha256 of the content `{data['digest']}`.",
         *([f"Classes, in order: {', '.join(labels.names)}."] if labels and labels.names else []),
@@ -161,10 +208,18 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
 
 def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
     outputs = max(1, len(labels.names)) if labels else 0
-    if group.method != "lora":
+    if not isinstance(group.model, PeftModel):
         return TENSORS
     if config.task == "causal-lm":
         return PEFT_CAUSAL.format(path=config.model.path)
+    if config.task == "image-classification":
+        return PEFT_IMAGES.format(path=config.model.path, outputs=outputs)
+    if config.task == "seq2seq":
+        return PEFT_SEQ2SEQ.format(path=config.model.path)
+    if config.task == "token-classification":
+        return PEFT_TAGS.format(path=config.model.path, outputs=outputs)
+    if labels and labels.kind == "choice" and not isinstance(group.backbone.model, MeanPooled):
+        return PEFT_CHOICES.format(path=config.model.path)
     if group.backbone.peft_task is None:
         return PEFT_MEAN.format(path=config.model.path, outputs=outputs)
     return PEFT_CLASSES.format(path=config.model.path, outputs=outputs, pad=group.backbone.model.config.pad_token_id)

@@ -27,9 +27,9 @@ from .meters.memory import LiveBytes
 from .run import Run
 from .runtime import seed_everything
 from .training.guards import check_gradients, is_out_of_memory
-from .training.loop import stop_reason
 from .training.optim import make_schedule, set_learning_rate
 from .training.state import Trainee
+from .training.stopping import stop_reason
 
 ENGINE_SETS = {
     "beta": "preference.beta",
@@ -294,7 +294,7 @@ class Steps(TrainerCallback):
         if "eval" in driver.run_.data and (step % (training.eval_every or per_epoch) == 0 or last):
             found = driver.run_._evaluate_during(trainee.member)
             trainee.evaluations.append({"step": step, **found})
-            driver.run_.directory.append_metrics({"step": step, "eval": found})
+            driver.run_._log({"step": step, "eval": found})
         driver.reason = stop_reason(driver.config, driver.run_.signals, driver.run_._elapsed())
         if step % (training.save_every or per_epoch) == 0 or last or driver.reason:
             driver.run_._save(step)
@@ -327,7 +327,7 @@ class Hooked:
             return
         rate = driver.trainee.optimizer.param_groups[0]["lr"]
         row = {"step": step, **logs, "learning_rate": rate, **driver.steps.row}
-        driver.run_.directory.append_metrics(row)
+        driver.run_._log(row)
         driver.run_.view.step(step, driver.total_steps, row)
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:

@@ -37,9 +37,10 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         if isinstance(value, int | float):
             click.echo(f"{name:<18} {value:.4f}" if isinstance(value, float) else f"{name:<18} {value}")
     if "per_class" in metrics:
-        click.echo(f"\n{'class':<24} {'precision':>9} {'recall':>9} {'f1':>9} {'rows':>7}")
+        click.echo(f"\n{'class':<24} {'precision':>9} {'recall':>9} {'f1':>9} {'count':>7}")
         for name, one in metrics["per_class"].items():
-            click.echo(f"{name:<24} {one['precision']:>9.4f} {one['recall']:>9.4f} {one['f1']:>9.4f} {one['rows']:>7}")
+            count = one.get("rows", one.get("words"))
+            click.echo(f"{name:<24} {one['precision']:>9.4f} {one['recall']:>9.4f} {one['f1']:>9.4f} {count:>7}")
     if "confusion" in metrics:
         click.echo("\nconfusion (rows: true, columns: predicted)")
         for line in metrics["confusion"]:

@@ -1,6 +1,5 @@
 """The arrow: config → backbone → data → adapters → train → evaluate → export, into a run directory."""
 
-import os
 import statistics
 import time
 from pathlib import Path
@@ -9,11 +8,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from . import processes
 from .adapters.group import Member
+from .adapters.sharding import held_bytes
 from .building import build_group, encode_splits, make_trainees
 from .config import Config
 from .config_checks import PREFERENCE
 from .config_reading import load_config
+from .data.batching import packing_report
+from .data.cleaning import Dropped, as_lines
 from .data.formats import is_conversation
 from .data.loading import load_splits, store_facts
 from .errors import ConfigError, DataError
@@ -25,6 +28,8 @@ from .meters.time import PhaseTimer
 from .run_directory import RunDirectory, refuse_other_settings, storage_errors
 from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
+from .tasks.weighting import weights_by_class
+from .tracking import Trackers
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from .training.guards import Signals
 from .training.loop import Hooks, Loop
@@ -48,13 +53,17 @@ def train(
         EngineError: see `errors`; its `exit_code` is the command line's.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    main = os.environ.get("RANK", "0") == "0"  # one writer among processes
+    processes.connect()
+    main = processes.rank() == 0  # one writer among processes
     directory = RunDirectory(config.output, writes=main)
-    directory.refuse_occupied(resume=resume, overwrite=overwrite)
+    if main:
+        directory.refuse_occupied(resume=resume, overwrite=overwrite)
     signals = Signals()
     with directory, signals.handled(), ProgressView(Console(stderr=True), quiet or not main) as view:
         kind = _preference_run() if config.task in PREFERENCE else Run
-        return kind(config, directory, signals, view, resume and directory.holds_run()).go()
+        run = kind(config, directory, signals, view, resume)
+        with run.trackers:
+            return run.go()
 
 
 def _preference_run() -> type["Run"]:
@@ -69,18 +78,20 @@ class Run:
     def __init__(
         self, config: Config, directory: RunDirectory, signals: Signals, view: ProgressView, resume: bool
     ) -> None:
-        self.config, self.directory, self.signals, self.view, self.resume = config, directory, signals, view, resume
+        self.config, self.directory, self.signals, self.view = config, directory, signals, view
         self.timer = PhaseTimer()
         self.began = time.perf_counter()
         self.earlier = 0.0  # wall seconds of the sessions before this one
         self.saved_phases: dict[str, float] = {}
+        self.trackers = Trackers(config, directory.path, directory.writes, view.warn)
         self.runtime = start(config)
+        self.resume = processes.from_first(lambda: resume and directory.holds_run())
         self.before: dict[str, Any] = {}
         self.moved: list[str] = []  # what a resumed run found changed of its machine and versions
 
     def go(self) -> dict[str, Any]:
         config = self.config
-        if self.resume:
+        if self.resume and self.runtime.main:
             refuse_other_settings(config, self.directory)
         with self.timer.phase("load"):
             self.splits = load_splits(config)
@@ -89,11 +100,13 @@ class Run:
             self.task = make_task(config, self.splits.labels)
             self.data = encode_splits(self.task, self.splits, config)
             self.group = build_group(self.task, config, self.runtime, self.data)
+            self._refuse_other_processes()
         self.trainees = make_trainees(self.group, self.data["train"], config, self.runtime)
         self.total_steps = config.training.steps or max(
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
         )
         self._open()
+        self.trackers.start(self.trainees[0].step)
         if not self.before:
             self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
             self.before = self._judge(self.group.members[0], self._final_split())
@@ -102,6 +115,7 @@ class Run:
                 torch.cuda.reset_peak_memory_stats()
             self._loop().run()
         after = self._judge(self.group.members[0], self._final_split())
+        self.trackers.log({"step": self.trainees[0].step, "final": after})
         summary = self._summary(after)
         self._write_adapter(summary)
         summary["seconds"] = self._phases()
@@ -109,15 +123,18 @@ class Run:
         summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
         self.directory.write_json("run.json", summary)
         self.directory.forget_failure()
+        processes.barrier()
         return summary
 
     def _open(self) -> None:
         """Begin the run directory, or put everything back where its newest complete checkpoint was."""
         from .config_reading import to_yaml
 
-        checkpoints = complete_checkpoints(self.directory.checkpoints) if self.resume else []
+        checkpoints = processes.from_first(
+            lambda: complete_checkpoints(self.directory.checkpoints) if self.resume else []
+        )
         if not checkpoints:
-            if self.resume:
+            if self.resume and self.runtime.main:
                 if (self.directory.path / "run.json").exists():
                     raise ConfigError(
                         f"--resume: {self.directory.path} holds a finished run whose checkpoints are gone.",
@@ -126,6 +143,7 @@ class Run:
                 self.view.say("No complete checkpoint to resume from: starting from step 0.")
             self.directory.clear()
             self.directory.write_text("config.yaml", to_yaml(self.config))
+            self._list_dropped()
             return
         state = read_state(checkpoints[-1])["run"]
         self._refuse_other_input(state, checkpoints[-1])
@@ -137,10 +155,22 @@ class Run:
         self.earlier, self.saved_phases, self.before = state["wall_seconds"], state["seconds"], state["before"]
         self.directory.cut_metrics(self.trainees[0].step)
         self.directory.write_text("config.yaml", to_yaml(self.config))
+        self._list_dropped()
         self.view.say(f"Resuming from {checkpoints[-1]}.")
-        self.moved = sorted(name for name, was in state["machine"].items() if machine().get(name) != was)
+        now = machine() | {"processes": self.runtime.world}
+        self.moved = sorted(name for name, was in state["machine"].items() if now.get(name) != was)
         if self.moved:
             self.view.say(f"Not the machine or versions it began on ({', '.join(self.moved)}): the bits may differ.")
+
+    def _list_dropped(self) -> None:
+        """`dropped.jsonl`: every row that is not used, with its reason; no file where all are."""
+        nothing = [
+            Dropped(name, getattr(self.splits, name).where[i], "teaches nothing", reason)
+            for name, data in self.data.items()
+            for i, reason in data.dropped
+        ]
+        if dropped := [*self.splits.dropped, *nothing]:
+            self.directory.write_text("dropped.jsonl", as_lines(dropped))
 
     def _refuse_other_input(self, state: dict[str, Any], checkpoint: Path) -> None:
         if state["data_digest"] != self.splits.digest:
@@ -153,11 +183,29 @@ class Run:
                 f"The backbone's weights are not those {checkpoint} was trained on.",
                 "Restore the model, or start anew with --overwrite.",
             )
+        was, now = state.get("started_from"), self.group.started_from
+        if (was or {}).get("sha256") != (now or {}).get("sha256"):
+            raise ConfigError(
+                f"adapter.start_from: {self.config.adapter.start_from} does not hold the weights that the run of "
+                f"{checkpoint} began with.",
+                "Restore that adapter, or start anew with --overwrite.",
+            )
+
+    def _refuse_other_processes(self) -> None:
+        """Every process must have read the same data and weights."""
+        found = processes.gathered((self.splits.digest, self.group.backbone.weights_digest))
+        for place, one in enumerate(found):
+            for mine, other, what in zip(found[0], one, ("data", "backbone"), strict=True):
+                if mine != other:
+                    raise DataError(
+                        f"The {what} that process {place} has read is not that of process 0.",
+                        "Give all machines the same files.",
+                    )
 
     def _loop(self) -> Loop:
         hooks = Hooks(
             evaluate=self._evaluate_during if "eval" in self.data else None,
-            log=self.directory.append_metrics,
+            log=self._log,
             save=self._save,
             fail=lambda record: self.directory.write_json("failure.json", record),
             progress=self.view.step,
@@ -176,6 +224,10 @@ class Run:
             hooks,
             self.signals,
         )
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.directory.append_metrics(row)
+        self.trackers.log(row)
 
     def _evaluate_during(self, member: Member) -> dict[str, Any]:
         found = self._judge(member, "eval", generate=False)
@@ -205,14 +257,15 @@ class Run:
             "scaler": self.runtime.accelerator.scaler and self.runtime.accelerator.scaler.state_dict(),
             "data_digest": self.splits.digest,
             "weights_digest": self.group.backbone.weights_digest,
-            "machine": machine(),
+            "started_from": self.group.started_from,
+            "machine": machine() | {"processes": self.runtime.world},
         }
-        if not self.directory.writes:
-            return
         with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
-            save_checkpoint(
-                self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit
-            )
+            if self.directory.writes:
+                save_checkpoint(
+                    self.directory.checkpoints, step, self.trainees, state, self.config.training.save_total_limit
+                )
+            processes.barrier()  # none leaves before it is complete
 
     def _write_adapter(self, summary: dict[str, Any]) -> None:
         if not self.directory.writes:
@@ -227,6 +280,14 @@ class Run:
     def _phases(self) -> dict[str, float]:
         names = {*self.saved_phases, *self.timer.seconds}
         return {name: self.saved_phases.get(name, 0.0) + self.timer.seconds.get(name, 0.0) for name in sorted(names)}
+
+    def _processes(self) -> dict[str, Any] | None:
+        """What each of several processes held and took at most; None for one."""
+        peak = torch.cuda.max_memory_allocated() if self.runtime.device.type == "cuda" else self.trainees[0].live_bytes
+        found = {"model_bytes": held_bytes(self.group.model), "peak_bytes": peak, "peak_rss_bytes": peak_rss_bytes()}
+        each = processes.gathered(found)
+        parallel = "fsdp" if self.runtime.sharded else "ddp"
+        return {"count": len(each), "parallel": parallel, "each": each} if len(each) > 1 else None
 
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         trainee = self.trainees[0]
@@ -254,6 +315,7 @@ class Run:
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": trainable,
             "total_parameters": total,
+            "started_from": self.group.started_from,
             "cost_usd": cost_usd(self._elapsed(), self.config.budget.usd_per_hour),
             "energy": None,
             "steps": trainee.step,
@@ -266,18 +328,26 @@ class Run:
                 "conversations": is_conversation(self.splits.train.examples[0]),
                 "digest": self.splits.digest,
                 **store_facts(self.splits.train),
+                "class_weights": weights_by_class(self.data["train"], self.splits.labels),
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},
             },
+            "packing": packing_report(trainee.plan, self.total_steps, trainee.micro_batch_size),
             "evaluations": trainee.evaluations,
+            "trackers": self.trackers.report(),
             "precision": self.runtime.precision,
             "device": self.runtime.device.type,
             "resumed_with_other": self.moved,
-            "decisions": {**self.runtime.why, "kernels": "off: plain PEFT" if fused is None else fused.why},
+            "decisions": {
+                **self.runtime.why,
+                **self.group.decisions(),
+                "kernels": "off: plain PEFT" if fused is None else fused.why,
+            },
             "kernels": None
             if fused is None
             else {"backend": fused.backend, "swapped": fused.counts(), "skipped": fused.skipped},
             "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
+            "processes": self._processes(),
             "hardware": hardware(),
             "versions": versions(),
             "git": git_state(),

@@ -18,7 +18,17 @@ from .config import Config
 from .config_reading import load_config
 from .errors import ConfigError, EngineError, StorageError
 
-OWN = ("config.yaml", "run.json", "metrics.jsonl", "failure.json", "checkpoints", "adapter", "merged")
+OWN = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "failure.json",
+    "dropped.jsonl",
+    "checkpoints",
+    "adapter",
+    "merged",
+    "trackers",
+)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -27,6 +37,7 @@ FREE_ON_RESUME = {
     "output",
     "budget",
     "evaluation",
+    "report_to",
     "data.cache",
     "training.micro_batch_size",
     "training.log_every",
@@ -159,7 +170,7 @@ def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
     path = directory.path / "config.yaml"
     if not path.is_file():
         return
-    old, new = _flat(load_config(path).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    old, new = flat(load_config(path).model_dump(mode="json")), flat(config.model_dump(mode="json"))
     changed = [
         k
         for k in new
@@ -172,10 +183,11 @@ def refuse_other_settings(config: Config, directory: RunDirectory) -> None:
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested settings by their dotted names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found
 
 

@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from .adapters.files import load_adapter
 from .adapters.group import Group
@@ -16,6 +19,7 @@ from .config import Config
 from .config_checks import LABELLED, PREFERENCE
 from .data.labels import Labels
 from .data.loading import encode_split, load_splits
+from .data.reading import Rows
 from .data.splitting import Split, load_one
 from .errors import ConfigError, DataError, StorageError
 from .evaluation import evaluate_split, predict_rows
@@ -24,6 +28,7 @@ from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
 from .tasks import TASKS, Task, make_task
+from .tasks.seq2seq import Seq2Seq
 
 
 @dataclass
@@ -68,7 +73,7 @@ def evaluate(
     """Metrics of a run's adapter on one of its splits, or on a file with the same columns.
 
     Returns:
-        {"split", "rows", "metrics"}.
+        {"split", "rows", "metrics"}, and "dropped" where `data.clean` let rows of `data` go.
     """
     _, config = find_run(path, overrides)
     if config.task in PREFERENCE:
@@ -79,7 +84,7 @@ def evaluate(
     if data is not None:  # what may be faulty is read before what takes time
         chosen, _ = load_one(data, config, need_label=True, default_split="test")
     else:
-        found = getattr(load_splits(config), split)
+        found = getattr(load_splits(_without_looking(config)), split)
         if found is None:
             raise ConfigError(f"This run has no {split} split.", "Name another with --split, or a file with --data.")
         chosen = found
@@ -92,7 +97,15 @@ def evaluate(
         if config.evaluation.generate_rows and opened.task.generates:
             examples = list(chosen.examples[: config.evaluation.generate_rows])
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
-    return {"split": data or split, "rows": len(chosen.examples), "metrics": metrics}
+    left_out = {"dropped": len(chosen.dropped)} if data is not None and chosen.dropped else {}
+    return {"split": data or split, "rows": len(chosen.examples), **left_out, "metrics": metrics}
+
+
+def _without_looking(config: Config) -> Config:
+    """The settings that give the same splits and look for near duplicates only where these are dropped."""
+    if config.data.near_duplicates != "report":
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"near_duplicates": "off"})})
 
 
 def predict(
@@ -101,7 +114,8 @@ def predict(
     """Predict every row of a file: class and probabilities, or generated text.
 
     Args:
-        source: file with the text (or prompt, or messages) columns of training; labels are not needed.
+        source: file with the text (or prompt, messages, image) columns of training, or a folder of images; labels are
+            not needed.
         target: .csv or .jsonl to write; the source's columns are kept.
 
     Returns:
@@ -122,7 +136,7 @@ def predict(
             raise DataError(f"{source} has a column {name!r}, which the predictions would replace.", "Rename it.")
     opened = open_run(path, overrides)
     found = _texts(opened, split) if opened.task.generates else _predictions(opened, split)
-    result = [{**row, **prediction} for row, prediction in zip(rows.rows, found, strict=True)]
+    result = [{**_writable(rows, i), **prediction} for i, prediction in enumerate(found)]
     if target:
         with storage_errors(target):
             write_whole(target, _as_csv(result) if suffix == ".csv" else _as_jsonl(result))
@@ -139,7 +153,7 @@ def generate(
     streamer: Any = None,
     overrides: tuple[str, ...] = (),
 ) -> str:
-    """Continue a prompt, through the chat template where the run learned conversations.
+    """Continue a prompt, through the chat template where the run learned conversations; or make the target of a source.
 
     Raises:
         ConfigError: no finished run that answers with text, or nothing to answer.
@@ -151,13 +165,15 @@ def generate(
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
     opened = open_run(path, overrides)
     tokenizer = opened.task.processor
-    templated = _learned_conversations(folder)
+    templated = not isinstance(opened.task, Seq2Seq) and _learned_conversations(folder)
     if system and not templated:
         raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
     text = prompt_and_answer({"messages": messages}, tokenizer)[0] if templated else prompt
     with opened.group.evaluating(opened.group.members[0]) as model:
         make = streamer(tokenizer) if streamer else None
+        if isinstance(opened.task, Seq2Seq):
+            return opened.task.generate(model, [text], max_new_tokens, temperature=temperature, streamer=make)[0]
         return generate_text(
             model, tokenizer, [text], max_new_tokens, templated=templated, temperature=temperature, streamer=make
         )[0]
@@ -215,6 +231,10 @@ def _learned_conversations(folder: Path) -> bool:
 
 def _predictions(opened: Opened, split: Split) -> list[dict[str, Any]]:
     encoded = encode_split(split, opened.task.encode, {}, 0.0, None)
+    if encoded.truncated:
+        cut = f"{encoded.truncated} of {len(encoded)} rows were cut to data.max_length"
+        lost = "; words beyond it are predicted as null" if "words" in encoded.columns else ""
+        logging.getLogger(__name__).warning("%s = %d tokens%s.", cut, opened.config.data.max_length, lost)
     refuse_too_long(opened.group.backbone.model, {"rows": encoded})
     size = opened.config.evaluation.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
@@ -228,6 +248,15 @@ def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
         return [{"predicted": text} for text in opened.task.answers(model, list(split.examples), settings, size)]
 
 
+def _writable(rows: Rows, i: int) -> dict[str, Any]:
+    """A row without the pixels or encoded bytes of its images: where it stands is written in their place."""
+    return {name: rows.where(i) if _holds_image(value) else value for name, value in rows.rows[i].items()}
+
+
+def _holds_image(value: Any) -> bool:
+    return isinstance(value, bytes | np.ndarray) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+
+
 def _as_jsonl(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -239,11 +268,12 @@ def _is_cell(value: Any) -> bool:
 def _as_csv(rows: list[dict[str, Any]]) -> str:
     flat = []
     for row in rows:
-        shares = row.get("probabilities", {})
+        by_class = isinstance(row.get("probabilities"), dict)  # words of a tagged row have a list
+        shares = row["probabilities"] if by_class else {}
         plain = {
             k: "" if v is None else v if _is_cell(v) else json.dumps(v, ensure_ascii=False)
             for k, v in row.items()
-            if k != "probabilities"
+            if k != "probabilities" or not by_class
         }
         flat.append(plain | {f"probability.{name}": share for name, share in shares.items()})
     out = io.StringIO()

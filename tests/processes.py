@@ -48,6 +48,8 @@ class Engine:
         nobody: run as another user, who may own nothing; needs root.
         unprivileged: the same user, but file modes count also for root.
         without: a package that is not installed, as far as this process can tell.
+        environment: variables it has besides.
+        first: called with nothing before it begins; must be importable.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class Engine:
         nobody: bool = False,
         unprivileged: bool = False,
         without: str | None = None,
+        environment: dict[str, str] | None = None,
+        first: Callable[[], None] | None = None,
     ) -> None:
         self.folder = folder
         argv = [str(word) for word in arguments]
-        limits = (file_bytes, memory_bytes, nobody, unprivileged, without)
+        limits = (file_bytes, memory_bytes, nobody, unprivileged, without, environment, first)
         self.process = _context.Process(target=_main, args=(argv, str(folder), *limits))
         self.process.start()
 
@@ -119,7 +123,10 @@ def _main(
     nobody: bool,
     unprivileged: bool,
     without: str | None,
+    environment: dict[str, str] | None,
+    first: Callable[[], None] | None,
 ) -> None:
+    os.environ.update(environment or {})
     os.chdir(folder)
     for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
         file = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
@@ -141,6 +148,8 @@ def _main(
     if without:
         sys.modules[without] = None  # type: ignore[assignment]  # Python's own note of what can't be imported
     sys.argv = ["peft-engine", *argv]
+    if first:
+        first()
     from peft_engine.cli import main
 
     main()

@@ -71,7 +71,7 @@ def test_all_faults_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path
     lines = refusal(path, "training.batch_size=none", "adapter.bogus=1")
     starts = [
         f"{path}, line 2: model.path: got 12",
-        f"{path}, line 5: adapter.rank: applies to adapter.method lora only",
+        f"{path}, line 5: adapter.rank: applies to other methods only",
         f"{path}, line 9: training.learning_rat: unknown key; nearest: learning_rate",
         f"{path}, line 11: training.seed: given twice, first on line 10",
         "--set adapter.bogus: unknown key",

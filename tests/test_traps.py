@@ -5,6 +5,7 @@ Tests go through the engine's own calls. `mutants.py` takes the guards out one b
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,11 +18,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from chat_samples import CHATML, CHATML_TOKENS, LLAMA3, MARKED, PHI3, byte_tokenizer, metaspace_tokenizer
+from chat_samples import CHATML, CHATML_TOKENS, LLAMA3, MARKED, PHI3, byte_tokenizer, chatml, metaspace_tokenizer
+from comparing import changed, write_config
+from ranks import done, ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import assemble, chat_rows, class_rows, config, make_model, pair_rows, sentence, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from peft_engine import exporting
 from peft_engine.adapters import files
@@ -30,6 +47,7 @@ from peft_engine.building import encode_splits
 from peft_engine.config import Config
 from peft_engine.data.batching import BatchPlan
 from peft_engine.data.encoding import EncodedSet
+from peft_engine.data.packing import Packs
 from peft_engine.data.splitting import load_splits
 from peft_engine.errors import ConfigError, DataError, Diverged, EngineError, StorageError, VerificationError
 from peft_engine.evaluation import evaluate_split
@@ -39,7 +57,7 @@ from peft_engine.meters.memory import LiveBytes
 from peft_engine.run import train
 from peft_engine.tasks import make_task
 from peft_engine.tasks.causal_lm import IGNORED
-from peft_engine.training import loop
+from peft_engine.training import isolation, loop
 from peft_engine.training.checkpoint import MANIFEST, complete_checkpoints
 from peft_engine.using import export, open_run
 
@@ -399,6 +417,127 @@ def test_trap_06_no_false_alarm(tiny_model, tmp_path, adapter):
     of = settings(LM, tiny_model("qwen2"), tmp_path, pair_rows(8), adapter=adapter, training=steps)
     assert train(of)["steps"] == 5
     assert rows_of(of)[0]["learning_rate"] == 0.0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_trap_06_several_processes_hide_no_dead_tensor(tiny_model, tmp_path, parallel):
+    """Adding gradients up over processes turns one that is nowhere into zeros."""
+    shutil.copytree(tiny_model("gpt2"), tmp_path / "model")
+    shape = GPT2Config.from_pretrained(tmp_path / "model", add_cross_attention=True)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "model")  # cross-attention to an encoder that is not there
+    of = settings(LM, tmp_path / "model", tmp_path, pair_rows(8), training={"parallel": parallel})
+    ended = ranks("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
+    assert [one.code for one in ended] == [2, 2]
+    assert "12 of 28 trainable tensors got no gradient" in ended[0].err + ended[1].err
+
+
+# 7 — a sharded backbone
+
+
+@pytest.mark.parametrize(("task", "family"), [(LM, "llama"), (LM, "qwen2"), (CLASSES, "bert")])
+def test_trap_07_a_sharded_run_saves_whole_adapters(tiny_model, tmp_path, task, family):
+    """Two processes with FSDP2: every tensor of one process's file, as large, moved and loaded by plain peft."""
+    rows = class_rows(10) if task == CLASSES else pair_rows(10)
+    steps = {"optimizer": "sgd", "learning_rate": 0.3}  # Adam makes much of the rounding of a tiny gradient
+    alone = settings(task, tiny_model(family), tmp_path, rows, adapter={"dropout": 0.1}, training=steps)
+    train(alone)
+    of = changed(alone, output=str(tmp_path / "sharded"), training__parallel="fsdp")
+    done("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
+    held = json.loads((Path(of.output) / "run.json").read_text())["processes"]
+    assert held["parallel"] == "fsdp"
+    expected, found = trained(alone), trained(of)
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
+    for name, tensor in expected.items():
+        assert tensor.any()
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    saved = load_file(newest(of) / "default.adapter.safetensors")
+    assert sum(t.numel() for t in saved.values()) == sum(t.numel() for t in expected.values())
+    export(of.output)  # raises where plain peft's logits differ
+
+
+# 8 — samples of a pack
+
+
+def test_trap_08_packed_samples_are_learned_as_unpacked_ones(tiny_model, tmp_path):
+    """One optimizer step per family and attention; `tests/training/test_packed.py` compares sample by sample."""
+    for family in ("llama", "gpt2", "qwen2"):
+        for attention in ("sdpa", "eager"):
+            told = []
+            for packing in (False, True):
+                of = settings(LM, tiny_model(family), tmp_path / f"{family}{attention}{packing}", pair_rows(8),
+                              model={"attention": attention}, data={"packing": packing, "max_length": 128},
+                              adapter={"dropout": 0.0}, training={"steps": 2, "batch_size": 8})  # fmt: skip
+                train(of)
+                told.append([(row["loss"], row["grad_norm"]) for row in rows_of(of)])
+            for plain, packed in zip(*told, strict=True):
+                assert packed == pytest.approx(plain, rel=1e-5), (family, attention)
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A folder with this random model and a tokenizer of bytes."""
+    model.save_pretrained(folder)
+    chatml(pad_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def packed_settings(model: Path, folder: Path) -> Config:
+    return settings(LM, model, folder, pair_rows(8), data={"packing": True, "max_length": 128})
+
+
+def test_trap_08_a_model_whose_samples_see_each_other_is_refused(tmp_path):
+    """OPT takes positions, and makes a mask of its own that knows nothing of packs; BLOOM takes none (ALiBi)."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=600, init_std=0.1)
+    of = packed_settings(saved(OPTForCausalLM(opt), tmp_path / "opt"), tmp_path)
+    with pytest.raises(ConfigError, match="OPTForCausalLM with sdpa attention lets packed samples see each other"):
+        train(of)
+    bloom = BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    of = packed_settings(saved(BloomForCausalLM(bloom), tmp_path / "bloom"), tmp_path)
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM can't keep packed samples apart.*takes no position_ids"):
+        train(of)
+    assert not (Path(of.output) / "metrics.jsonl").exists(), "refused before anything is trained"
+
+
+def test_trap_08_positions_that_go_on_are_refused(tiny_model, tmp_path):
+    """A model whose samples are apart, but that counts their positions from the pack's start."""
+    made = assemble(packed_settings(tiny_model("gpt2"), tmp_path))
+    base: Any = made.group.backbone.model
+
+    def counted(module: Any, positions: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (torch.arange(positions[0].shape[1])[None],)
+
+    isolation.prove_isolation(made.group, made.group.members[0], made.task, made.runtime)
+    base.transformer.wpe.register_forward_pre_hook(counted)
+    with pytest.raises(ConfigError, match="gives a packed sample other logits than alone"):
+        isolation.prove_isolation(made.group, made.group.members[0], made.task, made.runtime)
+
+
+def test_trap_08_a_first_token_is_never_learned(tiny_model, tmp_path):
+    made = assemble(packed_settings(tiny_model("llama"), tmp_path))
+    data = made.data["train"]
+    data.columns["supervised"][:] = True
+    batch = made.task.collate_packs(data, Packs((np.arange(len(data)),)))
+    assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
+    assert int((batch["labels"] != IGNORED).sum()) == int(data.lengths.sum()) - len(data)
+
+
+# 9 — states that run on
+
+
+def test_trap_09_models_with_a_running_state_are_refused(tmp_path):
+    """A state-space model, and one in which some layers are convolutions over time, told by their structure."""
+    torch.manual_seed(0)
+    mamba = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    of = packed_settings(saved(MambaForCausalLM(mamba), tmp_path / "mamba"), tmp_path)
+    with pytest.raises(ConfigError, match="MambaForCausalLM can't keep packed samples apart: it carries a state"):
+        train(of)
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    lfm2 = Lfm2Config(vocab_size=300, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **layers)
+    of = packed_settings(saved(Lfm2ForCausalLM(lfm2), tmp_path / "lfm2"), tmp_path)
+    with pytest.raises(ConfigError, match="Lfm2ForCausalLM can't keep packed samples apart: it has conv layers"):
+        train(of)
+    assert not (Path(of.output) / "metrics.jsonl").exists()
 
 
 # 10 — resume
@@ -913,6 +1052,20 @@ def test_trap_19_a_damaged_cache_is_written_anew(tiny_model, tmp_path):
         assert np.array_equal(again.rows, whole.rows)
         assert len(path.read_bytes()) == len(content)
         assert path.read_bytes() != damaged
+
+
+# 20 — the schedule's steps
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_trap_20_the_schedule_counts_optimizer_steps(tiny_model, tmp_path, parallel):
+    """Neither processes nor micro-batches enter: two epochs of 10 rows by 4 are 6 steps, down to almost nothing."""
+    steps = {"epochs": 2, "steps": None, "schedule": "cosine", "warmup": 2, "micro_batch_size": 1}
+    of = settings(LM, tiny_model("llama"), tmp_path, pair_rows(10), training={**steps, "parallel": parallel})
+    done("train", write_config(of, tmp_path / "of.yaml"), folder=tmp_path)
+    rates = [row["learning_rate"] for row in rows_of(of)]
+    falling = [(1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)]
+    assert rates == pytest.approx([1e-2 * factor for factor in (0, 1 / 2, 1, *falling)])
 
 
 # 21 — targets

@@ -7,14 +7,18 @@ tensors (`full`, `head`, `bitfit`) hold one member.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
+from .adalora import RankAllocation
 from .fusing import FuseReport, RowSeeds
+from .neftune import Neftune
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,20 @@ class MemberSpec:
 class Member:
     """A member's trainable tensors, by names that do not hold the member's own name.
 
-    `initial` holds the start of A and B where the method moved their product out of the frozen weight (PiSSA, OLoRA).
+    `initial` holds the start of A and B where the method moved their product out of the frozen weight (PiSSA, OLoRA,
+    LoRA-GA). `kept` holds the method's tensors that `training.trainable` and `training.frozen` take out of training;
+    they are saved with the others. `allocation` is AdaLoRA's.
     """
 
     spec: MemberSpec
     tensors: dict[str, nn.Parameter]
     initial: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, nn.Parameter] = field(default_factory=dict)
+    allocation: RankAllocation | None = None
+
+    def all_tensors(self) -> dict[str, nn.Parameter]:
+        """All that the method adds or owns, trained or not: what an adapter file holds."""
+        return {**self.tensors, **self.kept}
 
 
 @dataclass
@@ -52,7 +64,10 @@ class Group:
         model: what is called in forward: a PeftModel for lora, else the backbone's model.
         method: of `adapter.method`.
         fused: what `fuse` did to the model; None with `kernels: off`.
+        settings: what, beside shapes, decides what an adapter of our own computes; kept with its file.
         rows: names the samples of a batch to the fused model's dropout.
+        noise: on the input embeddings in training, None without NEFTune.
+        started_from: what `adapter.start_from` gave, for the record.
     """
 
     backbone: Backbone
@@ -61,6 +76,9 @@ class Group:
     members: list[Member]
     fused: FuseReport | None = None
     rows: RowSeeds | None = None
+    noise: Neftune | None = None
+    started_from: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     _active: str | None = None
 
     def activate(self, member: Member) -> None:
@@ -68,6 +86,41 @@ class Group:
         if isinstance(self.model, PeftModel) and self._active != member.spec.name:
             self.model.set_adapter(member.spec.name)
             self._active = member.spec.name
+            for tensor in member.kept.values():  # peft lets all of an active adapter train
+                tensor.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> None:
+        """Put the model into training mode. Batch norms keep their pretrained statistics, under every method: what they
+        made of a batch would depend on how a step is cut into micro-batches, and they would drift without a gradient.
+        """
+        self.model.train(mode)
+        for module in self.batch_norms():
+            module.eval()
+
+    def batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+
+    def begin(self, total_steps: int) -> None:
+        """Before the first step of a run: methods with a schedule of their own hear how long it is."""
+        for member in self.members:
+            if member.allocation:
+                member.allocation.begin(total_steps)
+
+    def penalty(self) -> Tensor | None:
+        """A term that the active member's method adds to the loss of a whole step, fp32 scalar; None for most."""
+        found = next((m.allocation for m in self.members if m.allocation and m.spec.name == self._active), None)
+        return found.penalty() if found else None
+
+    def after_step(self, member: Member, step: int) -> None:
+        """After an optimizer step, with its gradients still there."""
+        if member.allocation:
+            member.allocation.after_step(step)
+
+    def decisions(self) -> dict[str, str]:
+        """What was chosen without being asked for, for run.json."""
+        frozen = len(self.batch_norms())
+        told = {"batch_norm": f"frozen statistics in {frozen} layers"} if frozen else {}
+        return {**self.backbone.decisions, **told}
 
     @contextmanager
     def evaluating(self, member: Member) -> Iterator[nn.Module]:
@@ -78,12 +131,12 @@ class Group:
         try:
             yield self.model
         finally:
-            self.model.train(was_training)
+            self.train(was_training)
 
     def parameter_counts(self, member: Member) -> tuple[int, int]:
         """(trainable, total) parameters; other members' adapters are not counted."""
-        own = {id(t) for t in member.tensors.values()}
-        others = {id(t) for m in self.members for t in m.tensors.values()} - own
+        own = {id(t) for t in member.all_tensors().values()}
+        others = {id(t) for m in self.members for t in m.all_tensors().values()} - own
         total = sum(p.numel() for p in self.model.parameters() if id(p) not in others)
         return sum(t.numel() for t in member.tensors.values()), total
 

@@ -1,35 +1,44 @@
 """LoRA and its variants, injected by the peft library."""
 
 import math
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone
 from ..config import Config
+from ..config_options import NEEDS_DATA
 from ..errors import ConfigError
 from ..runtime import seed_everything
+from .data_start import DataStart, start_eva, start_lora_ga
 from .group import Group, Member, MemberSpec, initialise, plain_name
 from .targets import find_modules_to_save, find_targets, shorten
 
 
-def lora(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
-    """Inject one LoRA adapter per member; adapters are fp32 whatever the backbone's dtype (trap 17)."""
-    if len(specs) > 1 and moves_weights(config.adapter.init):
-        raise ConfigError(
-            f"adapter.init: {config.adapter.init} moves part of the frozen weight into the adapter, "
-            "so members can't share it.",
-            "Use init: default for a group.",
-        )
-    _refuse_ambiguous_names(backbone, specs)
+def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: DataStart | None = None) -> Group:
+    """Inject one LoRA adapter per member; adapters are fp32 whatever the backbone's dtype (trap 17).
+
+    Args:
+        start: the training batches, which some values of `adapter.init` read.
+    """
+    init = config.adapter.init
+    if len(specs) > 1 and (moves_weights(init) or init in NEEDS_DATA):
+        why = "moves part of the frozen weight into the adapter" if moves_weights(init) else "gives modules own ranks"
+        raise ConfigError(f"adapter.init: {init} {why}, so members can't share it.", "Use init: default for a group.")
+    if init in NEEDS_DATA and start is None:
+        raise ConfigError(f"adapter.init: {init} reads training batches, and there are none.", "Use init: default.")
+    refuse_ambiguous_names(backbone, specs)
     settings = peft_settings(backbone, config)
     std = getattr(backbone.model.config, "initializer_range", 0.02)
     model: Any = None
+    if start and init == "lora-ga":
+        start_lora_ga(backbone, settings, start, specs[0])
     for spec in specs:
         seed_everything(spec.seed, 2)
         try:
@@ -39,12 +48,14 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
                 model.add_adapter(spec.name, deepcopy(settings))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"peft refuses this adapter: {error}", "Correct the adapter section.") from error
+        if start and init == "eva":
+            start_eva(model, backbone, find_targets(backbone, config.adapter), start, spec)
         for name in backbone.new_modules:
             wrapper = model.get_submodule(f"base_model.model.{name}")
             assert isinstance(wrapper, ModulesToSaveWrapper), name
             initialise(wrapper.modules_to_save[spec.name], std, spec.seed)
     members = [member_of(model, spec) for spec in specs]
-    if moves_weights(config.adapter.init):
+    if moves_weights(init):
         members[0].initial = {name: t.detach().clone() for name, t in members[0].tensors.items() if ".lora_" in name}
     group = Group(backbone, model, "lora", members)
     group.activate(members[0])
@@ -62,7 +73,10 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
             "round, and would start from a changed model.",
             "Use init: pissa or default.",
         )
-    init: bool | str = True if asked.init == "default" else asked.init
+    init: bool | str = True if asked.init == "default" else NEEDS_DATA.get(asked.init, asked.init)
+    options = dict(asked.options)
+    if asked.init == "lora-ga":
+        options.setdefault("lora_ga_config", LoraGAConfig())
     saved = find_modules_to_save(backbone, asked.modules_to_save)
     try:
         return LoraConfig(
@@ -79,13 +93,13 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
             init_lora_weights=init,  # type: ignore[arg-type]
             bias=asked.bias,
             fan_in_fan_out=bool(conv1d),
-            **asked.options,
+            **options,
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"peft refuses this adapter: {error}", "Correct adapter.options.") from error
 
 
-def _refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None:
+def refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None:
     """peft finds an adapter's tensors by its name between dots; a module of that name would be taken for it."""
     taken = {part for name, _ in backbone.model.named_parameters() for part in name.split(".")}
     taken |= {"base_model", "base_layer", "original_module", "modules_to_save"}
@@ -98,7 +112,7 @@ def _refuse_ambiguous_names(backbone: Backbone, specs: list[MemberSpec]) -> None
 
 def moves_weights(init: str) -> bool:
     """Whether this start takes the initial B·A out of the frozen weight."""
-    return init.startswith(("pissa", "olora"))
+    return init.startswith(("pissa", "olora", "lora-ga"))
 
 
 def without_moved_weights(
@@ -125,10 +139,19 @@ def without_moved_weights(
     return joined, wide
 
 
-def member_of(model: Any, spec: MemberSpec) -> Member:
-    """The adapter of that name as a member, in fp32."""
+def member_of(model: Any, spec: MemberSpec, names: Sequence[str] = ()) -> Member:
+    """The adapter of that name as a member, in fp32.
+
+    Args:
+        names: of all members; peft's prompt methods leave every prompt trainable.
+    """
     model.set_adapter(spec.name)
-    tensors = {plain_name(name, spec.name): p for name, p in model.named_parameters() if p.requires_grad}
+    others = {name for name in names if name != spec.name}
+    tensors = {
+        plain_name(name, spec.name): p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not others.intersection(name.split("."))
+    }
     for tensor in tensors.values():
         tensor.data = tensor.data.float()  # peft widens its adapters, not modules_to_save and biases (trap 17)
     return Member(spec, tensors)

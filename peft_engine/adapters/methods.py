@@ -1,6 +1,7 @@
 """The methods: which tensors train, and how they get onto the backbone.
 
-`METHODS` is the table; a method is a function (backbone, config, specs) → Group.
+`METHODS` is the table of those with code of their own; a method is a function (backbone, config, specs) → Group. All
+others are peft's.
 """
 
 from collections.abc import Callable
@@ -8,26 +9,35 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone import Backbone
+from ..backbone import Backbone, embeddings_of
 from ..config import Config
+from ..config_methods import BOTTLENECK, WHOLE_TENSORS
 from ..errors import ConfigError
+from .bottleneck import bottleneck
+from .data_start import DataStart
 from .group import Group, Member, MemberSpec, initialise
 from .lora import lora
+from .peft_methods import peft_method
 
 
-def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
+def adapt(backbone: Backbone, config: Config, specs: list[MemberSpec], start: DataStart | None = None) -> Group:
     """Make `specs` into members over `backbone`, in place. All other weights are frozen.
+
+    Args:
+        start: the training batches, which some values of `adapter.init` read.
 
     Raises:
         ConfigError: nothing would train, a target matches nothing, or the method can't share its backbone.
     """
-    if len(specs) > 1 and config.adapter.method != "lora":
+    if len(specs) > 1 and config.adapter.method in (*WHOLE_TENSORS, *BOTTLENECK):
         raise ConfigError(
-            f"adapter.method: {config.adapter.method} trains the backbone's own tensors, so it holds one member, "
+            f"adapter.method: {config.adapter.method} trains tensors inside the backbone, so it holds one member, "
             f"got {len(specs)}.",
             "Use lora for a group, or run the members one by one.",
         )
-    return METHODS[config.adapter.method](backbone, config, specs)
+    if config.adapter.method == "lora":
+        return lora(backbone, config, specs, start)
+    return METHODS.get(config.adapter.method, peft_method)(backbone, config, specs)
 
 
 def full(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group:
@@ -58,10 +68,10 @@ def bitfit(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> Group
 
 
 METHODS: dict[str, Callable[[Backbone, Config, list[MemberSpec]], Group]] = {
-    "lora": lora,
     "full": full,
     "head": head,
     "bitfit": bitfit,
+    **dict.fromkeys(BOTTLENECK, bottleneck),
 }
 
 
@@ -80,8 +90,8 @@ def _own_tensors(backbone: Backbone, config: Config, spec: MemberSpec, trains: C
 
 def _untie(backbone: Backbone) -> None:
     model = backbone.model
-    output: Any = model.get_output_embeddings()
-    entry: Any = model.get_input_embeddings()
+    ends: Any = embeddings_of(model)
+    entry, output = ends
     if output is not None and entry is not None and output.weight is entry.weight:
         output.weight = nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False

@@ -4,27 +4,44 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from torch import nn
+
 from ..backbone import Backbone, linear_names
-from ..config import AdapterConfig
+from ..config import AdapterConfig, LayersConfig
 from ..errors import ConfigError
 
 
-def find_targets(backbone: Backbone, settings: AdapterConfig) -> list[str]:
+def find_targets(backbone: Backbone, settings: AdapterConfig, norms: bool = False) -> list[str]:
     """Full names of the modules to adapt, in model order.
+
+    `all-linear` is every Linear and Conv1D outside the head; in a model that has none, every convolution.
+
+    Args:
+        norms: let `all-linear` stand for the norms.
 
     Raises:
         ConfigError: a target, a layer or a pattern matches nothing.
     """
     names = [name for name, _ in backbone.model.named_modules() if name]
-    linear = [name for name in linear_names(backbone.model) if not _inside(name, backbone.head_modules)]
+    every = norm_names(backbone.model) if norms else linear_names(backbone.model)
+    linear = [name for name in every if not _inside(name, backbone.head_modules)]
+    if not linear and not norms:
+        convolutions = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Conv2d)]
+        linear = [name for name in convolutions if not _inside(name, backbone.head_modules)]
     if settings.targets == "all-linear":
         found = linear
+        if not found:
+            raise ConfigError(
+                f"adapter.targets: all-linear finds no {'norm' if norms else 'Linear, Conv1D or Conv2d'} outside the "
+                f"head of {type(backbone.model).__name__}.",
+                "Name modules that it has, or use adapter.method: full.",
+            )
     elif isinstance(settings.targets, str):
         found = _by_expression(settings.targets, names, linear)
     else:
         found = _by_endings(settings.targets, names, linear)
     if settings.layers is not None:
-        found = _in_layers(found, settings.layers)
+        found = in_layers(found, settings.layers)
     for field, pattern in _patterns(settings):
         if not any(matches_pattern(pattern, name) for name in found):
             raise ConfigError(
@@ -86,15 +103,44 @@ def _by_endings(endings: list[str], names: list[str], linear: list[str]) -> list
     return [name for name in names if any(_ends_with(name, ending) for ending in endings)]
 
 
-def _in_layers(found: list[str], layers: list[int]) -> list[str]:
-    there = {_layer(name) for name in found} - {None}
+def in_layers(found: list[str], asked: list[int] | LayersConfig) -> list[str]:
+    """Those of `found` in the layers asked for: by index from 0, or so many at one end of the stack.
+
+    Raises:
+        ConfigError: a layer holds no target.
+    """
+    there = sorted({n for n in map(_layer, found) if n is not None})
+    if isinstance(asked, LayersConfig):
+        count = asked.first or asked.last or 0
+        if count > len(there):
+            raise ConfigError(
+                f"adapter.layers: {'first' if asked.first else 'last'}: {count}, but targets are in {len(there)} "
+                "layers only.",
+                "Correct adapter.layers.",
+            )
+        layers = there[:count] if asked.first else there[-count:]
+    else:
+        layers = asked
     for layer in layers:
         if layer not in there:
-            last = max((n for n in there if n is not None), default=-1)
             raise ConfigError(
-                f"adapter.layers: no target is in layer {layer}; layers are 0 to {last}.", "Correct adapter.layers."
+                f"adapter.layers: no target is in layer {layer}; layers are 0 to {max(there, default=-1)}.",
+                "Correct adapter.layers.",
             )
     return [name for name in found if _layer(name) in layers]
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Full names of norms: parts without parts, whose parameters are a one-dimensional weight and perhaps a bias."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not any(module.children())
+        and (own := dict(module.named_parameters(recurse=False)))
+        and own.keys() <= {"weight", "bias"}
+        and "weight" in own
+        and own["weight"].dim() == 1
+    ]
 
 
 def _layer(name: str) -> int | None:

@@ -1,6 +1,7 @@
 """Which rows ask the same: keys of an example's input, and what they tell about splits.
 
-The input is what the model is given: the text, the prompt, or all turns of a conversation that are not the assistant's.
+The input is what the model is given: the text, the prompt, an image (by the digest of its pixels), or all turns of a
+conversation that are not the assistant's.
 Two rows with one input never stand on two sides of a split, whatever their answers (trap 26).
 """
 
@@ -27,8 +28,16 @@ def input_key(example: Example) -> str:
         if all(turn["role"] in ("system", "developer") for turn in asked):
             asked = turns
         return _canonical([[_stripped(turn) for turn in asked], example.get("tools")])
+    if "image" in example:
+        return str(example["image"])
+    if "tokens" in example:
+        return " ".join(example["tokens"])
+    if "text_pair" in example:
+        return f"{example['text'].strip()}\n{example['text_pair'].strip()}"
+    if "choices" in example:
+        return "\n".join([example["text"].strip(), *(choice.strip() for choice in example["choices"])])
     sides = [example.get("chosen"), example.get("rejected")]
-    given: Any = example.get("prompt", example.get("text", _canonical(sides)))
+    given: Any = next((example[part] for part in ("prompt", "source", "text") if part in example), _canonical(sides))
     if isinstance(given, str):
         return given.strip()
     return _canonical([[_stripped(turn) for turn in given], example.get("tools")])
@@ -36,7 +45,7 @@ def input_key(example: Example) -> str:
 
 def row_key(example: Example) -> str:
     """Input and answer; equal keys are rows that repeat each other."""
-    answers = ("label", "completion", "messages", "chosen", "rejected")
+    answers = ("label", "completion", "messages", "tags", "target", "chosen", "rejected")
     return _canonical([input_key(example), *(example.get(part) for part in answers)])
 
 
@@ -61,8 +70,9 @@ def contradictory(examples: Iterable[Example]) -> int:
     label_of: dict[str, str] = {}
     differ: set[str] = set()
     for example in examples:
-        if "label" in example:
-            key, label = input_key(example), _canonical(example["label"])
+        answer = example.get("label", example.get("tags"))
+        if answer is not None:
+            key, label = input_key(example), _canonical(answer)
             if label_of.setdefault(key, label) != label:
                 differ.add(key)
     return len(differ)

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from safetensors.numpy import save_file
 
 from ..errors import DataError
 from .formats import Example
+from .mixing import Mixture
 from .splitting import Split
+from .stacking import Stack, note, open_mapped
 
 FORMAT = 2
 
@@ -33,7 +35,8 @@ class EncodedRow:
     Attributes:
         input_ids: token ids.
         units: what the row adds to the loss's denominator: its supervised targets, or 1 per classified row.
-        columns: per token a list as long as `input_ids`, per row a number or a fixed-length list.
+        columns: per token a list as long as `input_ids`, per row a number, a fixed-length list or an array (of
+            one shape in all rows).
         truncated: something was cut off.
     """
 
@@ -50,11 +53,14 @@ class EncodedSet:
     Attributes:
         input_ids: int32 (total_tokens,).
         offsets: int64 (sequences + 1,).
-        units: int64 (sequences,), see `EncodedRow`.
+        units: int64 (sequences,), see `EncodedRow`; float64 where the training loss is weighted.
         rows: int64 (sequences,), index of the source row.
         columns: each (total_tokens,) or (sequences, ...).
         dropped: source rows that teach nothing after truncation, with the reason.
         truncated: number of source rows that lost tokens.
+        mixture: of a training split from several sources; None where each row is seen once per epoch.
+        change: augmentation of a training split (set, rows, seed of member and step) → a set of these rows alone, in
+            this order; None changes nothing. It depends on nothing but its arguments, row by row.
     """
 
     input_ids: np.ndarray
@@ -64,14 +70,36 @@ class EncodedSet:
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     dropped: list[tuple[int, str]] = field(default_factory=list)
     truncated: int = 0
+    mixture: Mixture | None = None
+    change: "Change | None" = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def largest(self) -> str:
+        """What the largest row is, for a message about memory."""
+        if "pixels" in self.columns:
+            height, width = self.columns["pixels"].shape[1:3]
+            return f"image(s) of {width} x {height} pixels"
+        return f"sequence(s) of up to {int(self.lengths.max())} tokens"
+
+    @property
+    def length_setting(self) -> str:
+        """The setting that makes rows smaller."""
+        return "data.image_size" if "pixels" in self.columns else "data.max_length"
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)
+
+    @property
+    def longest(self) -> int:
+        """Positions that a model needs for it: those of the longest sequence. Where a sequence is read in parts (source
+        and target, choices), the longest part's, which the task notes per sequence in the column `longest`."""
+        positions = self.columns.get("longest", self.lengths)
+        return int(positions.max()) if len(self) else 0
 
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of sequence i, int32 (length,)."""
@@ -81,7 +109,12 @@ class EncodedSet:
         """A per-token column of sequence i, (length,)."""
         return self.columns[name][self.offsets[i] : self.offsets[i + 1]]
 
+    def drawn(self, rows: np.ndarray, seed: int) -> "tuple[EncodedSet, np.ndarray]":
+        """The rows as a step of training sees them: what `Task.collate` takes."""
+        return (self, rows) if self.change is None else (self.change(self, rows, seed), np.arange(len(rows)))
 
+
+Change = Callable[[EncodedSet, np.ndarray, int], EncodedSet]
 Encode = Callable[[Example, str], "list[EncodedRow] | str"]
 
 
@@ -102,7 +135,7 @@ def encode_split(
     path = cache / f"{_key(split, fingerprint)}.safetensors" if cache else None
     encoded = _read(path) if path else None
     if encoded is None:
-        encoded = _encode(split, encode)
+        encoded = _encode(split, encode, path)
         if path:
             _write(path, encoded)
     if max_dropped is not None:
@@ -130,8 +163,9 @@ def _key(split: Split, fingerprint: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _encode(split: Split, encode: Encode) -> EncodedSet:
+def _encode(split: Split, encode: Encode, path: Path | None) -> EncodedSet:
     rows: list[EncodedRow] = []
+    stacks: dict[str, Stack] = {}
     index: list[int] = []
     dropped: list[tuple[int, str]] = []
     truncated = 0
@@ -140,7 +174,7 @@ def _encode(split: Split, encode: Encode) -> EncodedSet:
         if isinstance(found, str):
             dropped.append((i, found))
             continue
-        rows += found
+        rows += [_stacked(row, stacks, path, where) for row in found]
         index += [i] * len(found)
         truncated += any(row.truncated for row in found)
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
@@ -162,10 +196,22 @@ def _encode(split: Split, encode: Encode) -> EncodedSet:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         units=np.array([row.units for row in rows], dtype=np.int64),
         rows=np.array(index, dtype=np.int64),
-        columns=columns,
+        columns=columns | {name: stack.finish() for name, stack in stacks.items()},
         dropped=dropped,
         truncated=truncated,
     )
+
+
+def _stacked(row: EncodedRow, stacks: dict[str, Stack], path: Path | None, where: str) -> EncodedRow:
+    """The row without its arrays, which go to their stacks."""
+    arrays = {name: value for name, value in row.columns.items() if isinstance(value, np.ndarray)}
+    for name, array in arrays.items():
+        stacks.setdefault(name, Stack(_mapped_file(path, name) if path else None)).append(array, where)
+    return replace(row, columns={n: v for n, v in row.columns.items() if n not in arrays}) if arrays else row
+
+
+def _mapped_file(path: Path, name: str) -> Path:
+    return path.with_suffix(f".{name}")
 
 
 def refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None:
@@ -182,8 +228,12 @@ def refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None:
 
 def _write(path: Path, encoded: EncodedSet) -> None:
     arrays = {"input_ids": encoded.input_ids, "offsets": encoded.offsets, "units": encoded.units, "rows": encoded.rows}
-    arrays |= {f"column.{name}": np.ascontiguousarray(values) for name, values in encoded.columns.items()}
+    mapped = {name: values for name, values in encoded.columns.items() if isinstance(values, np.memmap)}
+    held = {name: values for name, values in encoded.columns.items() if name not in mapped}
+    arrays |= {f"column.{name}": np.ascontiguousarray(values) for name, values in held.items()}
     notes = {"dropped": json.dumps(encoded.dropped), "truncated": str(encoded.truncated)}
+    if mapped:
+        notes["mapped"] = note(mapped)
     notes["digest"] = _digest(arrays, notes)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -217,5 +267,9 @@ def _read(path: Path) -> EncodedSet | None:
     if notes.pop("digest", None) != _digest(arrays, notes):
         return None
     columns = {name.removeprefix("column."): arrays.pop(name) for name in list(arrays) if name.startswith("column.")}
+    mapped = open_mapped(notes.get("mapped", "{}"), partial(_mapped_file, path))
+    if mapped is None:
+        return None
+    columns |= mapped
     dropped = [(int(i), str(reason)) for i, reason in json.loads(notes["dropped"])]
     return EncodedSet(**arrays, columns=columns, dropped=dropped, truncated=int(notes["truncated"]))

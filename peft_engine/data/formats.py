@@ -1,9 +1,14 @@
-"""From rows to examples: which columns play which part, and one shape per kind of data.
+"""Which columns of the rows play which part, and one shape of example per kind of data (`examples` makes them).
 
     causal-lm            {"messages": [{"role", "content", …}, …], "tools": [...]}      tools where the row has some
                          {"prompt": …, "completion": …}      both strings, or both lists of messages (then also "tools")
                          {"text": str}
     text-classification  {"text": str, "label": Any}                                    no label when predicting
+                         {"text": str, "text_pair": str, "label": Any}
+                         {"text": str, "choices": [str, …], "label": int}               the right one's place, from 0
+    image-classification {"image": Picture, "label": Any}                               no label when predicting
+    token-classification {"tokens": [str, …], "tags": [str | int | None, …]}            no tags when predicting
+    seq2seq              {"source": str, "target": str}                                 no target when predicting
     dpo, orpo, reward    {"prompt": …, "chosen": …, "rejected": …}     strings, or lists of messages; the prompt may be
                          missing where chosen and rejected hold it
     kto                  {"prompt": …, "completion": …, "label": bool}
@@ -12,17 +17,26 @@ Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or nam
 """
 
 import difflib
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
-from .messages import Malformed, as_conversation, as_tools
-from .parsing import Row, shown
 from .reading import Rows
+from .text_layouts import (
+    SENTENCE_PAIRS,
+    TRANSLATIONS,
+    firsts,
+    is_choices,
+    pairs_in,
+    seconds,
+)
 
 Example = dict[str, Any]
-Kind = Literal["messages", "prompt-completion", "text", "text-label", "preference", "rated"]
+Kind = Literal[
+    "messages", "prompt-completion", "text", "text-label", "pair-label", "choices-label", "tokens-tags",
+    "source-target", "image-label", "preference", "rated",
+]  # fmt: skip
 
 CONVENTIONS = {
     "messages": ("messages", "conversations"),
@@ -30,24 +44,44 @@ CONVENTIONS = {
     "prompt": ("prompt", "instruction"),
     "completion": ("completion", "output"),
     "text": ("text", "sentence", "content", "document"),
+    "image": (
+        *("image", "images", "img", "pixels", "image_path", "file_name", "filename", "file", "path"),
+        *("filepath", "image_bytes", "image_base64", "x"),
+    ),
     "label": ("label", "labels", "class", "target", "category", "score", "sentiment"),
+    "text_pair": seconds(SENTENCE_PAIRS),
+    "choices": ("choices", "endings"),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "pos_tags", "labels"),
+    "source": firsts(TRANSLATIONS),
+    "target": seconds(TRANSLATIONS),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
+CHOICES_TEXT = ("question", "context", "ctx", "premise")
+CHOICES_LABEL = ("answer", "answerkey")
 KINDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
     "text-label": ("text", "label"),
+    "image-label": ("image", "label"),
+    "pair-label": ("text", "text_pair", "label"),
+    "choices-label": ("text", "choices", "label"),
+    "tokens-tags": ("tokens", "tags"),
+    "source-target": ("source", "target"),
     "preference": ("chosen", "rejected"),
     "rated": ("prompt", "completion", "label"),
 }
 PREFERENCE_KINDS: dict[str, Kind] = {"dpo": "preference", "orpo": "preference", "reward": "preference", "kto": "rated"}
 CAUSAL_KINDS: tuple[Kind, ...] = ("messages", "prompt-completion", "text")
-ANSWERS = ("label", "completion")
+ANSWERS = ("label", "completion", "tags", "target")
 PARTS = {
     "causal-lm": ("messages", "tools", "prompt", "completion", "text"),
-    "text-classification": ("text", "label"),
+    "text-classification": ("text", "text_pair", "choices", "label"),
+    "image-classification": ("image", "label"),
+    "token-classification": ("tokens", "tags"),
+    "seq2seq": ("source", "target"),
     "dpo": ("prompt", "chosen", "rejected", "tools"),
     "orpo": ("prompt", "chosen", "rejected", "tools"),
     "reward": ("prompt", "chosen", "rejected", "tools"),
@@ -64,6 +98,8 @@ class Layout:
     """Part to column. Alpaca's optional `input` column is the part "input"."""
     answered: bool = True
     """Rows must hold what is to be learned: a label, a completion, an assistant turn."""
+    folder: str = ""
+    """Paths of images are relative to it."""
 
 
 def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: bool = True) -> Layout:
@@ -82,7 +118,7 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
             f"data.columns.{unused[0]} = {columns[unused[0]]!r} has no use in task {task}.",
             f"Its parts are {', '.join(PARTS[task])}.",
         )
-    kind = _kind(rows, task, columns, need_label)
+    kind, columns = _kind(rows, task, columns, need_label)
     found = {part: _find(rows, part, columns) for part in KINDS[kind] if need_label or part not in ANSWERS}
     if len(set(found.values())) < len(found):
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
@@ -94,15 +130,61 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
         found["tools"] = _find(rows, "tools", columns)
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
-    return Layout(kind, found, answered=need_label)
+    folder = "" if rows.places else os.path.dirname(os.path.expanduser(rows.source))
+    return Layout(kind, found, need_label, folder)
 
 
-def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> Kind:
+def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> tuple[Kind, dict[str, str]]:
+    """The kind of rows of a task, and `columns` with those that only a pair of columns tells."""
+    if task == "image-classification":
+        return "image-label", columns
+    if task == "token-classification":
+        return "tokens-tags", columns
+    if task == "seq2seq":
+        return "source-target", columns or _one_pair(rows, "source", "target", TRANSLATIONS)
     if task == "text-classification":
-        return "text-label"
+        return _labelled_kind(rows, columns)
     if task in PREFERENCE_KINDS and need_label:
-        return PREFERENCE_KINDS[task]
-    return _causal_kind(rows, columns, need_label)
+        return PREFERENCE_KINDS[task], columns
+    return _causal_kind(rows, columns, need_label), columns
+
+
+def _labelled_kind(rows: Rows, columns: dict[str, str]) -> tuple[Kind, dict[str, str]]:
+    """One text, two, or a text with choices; what is named in `columns` decides, else what the columns are called."""
+    if "text_pair" in columns and "choices" in columns:
+        raise ConfigError("data.columns names both text_pair and choices.", "Name one of them.")
+    if "text_pair" in columns:
+        return "pair-label", columns
+    first = rows.rows[0]
+    if "choices" in columns or any(is_choices(first.get(column)) for column in _candidates(rows, "choices")):
+        own = {"text": CHOICES_TEXT, "label": CHOICES_LABEL}
+        for part, names in own.items():
+            found = [column for column in rows.columns if _plain(column) in names]
+            if part not in columns and not _candidates(rows, part) and len(found) == 1:
+                columns = columns | {part: found[0]}
+        return "choices-label", columns
+    if "text" in columns:
+        return "text-label", columns
+    pair = _one_pair(rows, "text", "text_pair", SENTENCE_PAIRS)
+    alone = [column for column in _candidates(rows, "text") if column not in pair.values()]
+    if pair and alone:
+        raise DataError(
+            f"{rows.source} could be read as the pair {pair['text']!r} and {pair['text_pair']!r} or as the text "
+            f"{alone[0]!r}; its columns are {_listed(rows)}.",
+            "Name the text (data.columns.text=COLUMN), and data.columns.text_pair=COLUMN for a pair.",
+        )
+    return ("pair-label", columns | pair) if pair else ("text-label", columns)
+
+
+def _one_pair(rows: Rows, one: str, two: str, pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Columns of the one pair that is there, none where there is none."""
+    found = pairs_in(rows.columns, pairs)
+    if len(found) > 1:
+        raise DataError(
+            f"{rows.source} could be read as {' or as '.join(f'{a!r} and {b!r}' for a, b in found)}.",
+            f"Name both: data.columns.{one}=COLUMN and data.columns.{two}=COLUMN.",
+        )
+    return {one: found[0][0], two: found[0][1]} if found else {}
 
 
 def _alpaca_input(rows: Rows, found: dict[str, str], columns: dict[str, str]) -> dict[str, str]:
@@ -179,127 +261,6 @@ def _listed(rows: Rows) -> str:
     return ", ".join(map(repr, rows.columns))
 
 
-def to_examples(rows: Rows, layout: Layout) -> list[Example]:
-    """One example per row, in order.
-
-    Raises:
-        DataError: rows that can't be learned from. The first is named, the others are counted.
-    """
-    examples: list[Example] = []
-    faults: list[tuple[int, Malformed]] = []
-    for i, row in enumerate(rows.rows):
-        try:
-            examples.append(to_example(row, layout))
-        except Malformed as fault:
-            faults.append((i, fault))
-    if faults:
-        first, problem = faults[0]
-        raise refused_rows(rows.where(first), problem, len(faults))
-    return examples
-
-
-def to_example(row: Row, layout: Layout) -> Example:
-    """The example that one row is. Raises Malformed."""
-    return _CONVERTERS[layout.kind](row, layout)
-
-
-def refused_rows(where: str, problem: Malformed, count: int) -> DataError:
-    """What is told of `count` rows that can't be learned from, the first of which stands at `where`."""
-    others = f" ({count - 1} more rows can't be used either.)" if count > 1 else ""
-    return DataError(f"{where}: {problem}.{others}", "Mend or remove such rows.")
-
-
 def is_conversation(example: Example) -> bool:
     """Whether an example goes through the chat template."""
     return "messages" in example or isinstance(example.get("prompt", example.get("chosen")), list)
-
-
-def _text_example(row: Row, layout: Layout) -> Example:
-    return {"text": _filled_string(row, layout.columns["text"])}
-
-
-def _labelled_example(row: Row, layout: Layout) -> Example:
-    example = _text_example(row, layout)
-    if "label" in layout.columns:
-        column = layout.columns["label"]
-        label = row.get(column)
-        if column not in row:
-            raise Malformed(f"column {column!r} is not in this row")
-        if label is None or label != label or (isinstance(label, str) and label.strip().lower() in ("", "nan")):
-            raise Malformed(f"the label in column {column!r} is {label!r}, that is missing")
-        example["label"] = label
-    return example
-
-
-def _messages_example(row: Row, layout: Layout) -> Example:
-    messages = as_conversation(row.get(layout.columns["messages"]), layout.columns["messages"])
-    if layout.answered and not any(turn["role"] == "assistant" for turn in messages):
-        raise Malformed("the conversation has no assistant turn to learn from")
-    return {"messages": messages} | _tools(row, layout)
-
-
-def _completion_example(row: Row, layout: Layout) -> Example:
-    prompt = _side(row, layout.columns["prompt"])
-    if isinstance(prompt, str) and "input" in layout.columns:
-        more = row.get(layout.columns["input"])
-        if not isinstance(more, str | None):
-            raise Malformed(f"the input is {shown(more)}, a string was expected")
-        prompt = f"{prompt}\n\n{more}" if more and more.strip() else prompt
-    example: Example = {"prompt": prompt}
-    if layout.answered:
-        completion = example["completion"] = _side(row, layout.columns["completion"])
-        if type(prompt) is not type(completion):
-            raise Malformed("one of prompt and completion is a string, the other a list of messages")
-        if isinstance(completion, list) and not any(turn["role"] == "assistant" for turn in completion):
-            raise Malformed("the completion has no assistant turn to learn from")
-    return example | (_tools(row, layout) if isinstance(prompt, list) else {})
-
-
-def _preference_example(row: Row, layout: Layout) -> Example:
-    example = {
-        part: _side(row, layout.columns[part]) for part in ("prompt", "chosen", "rejected") if part in layout.columns
-    }
-    if len({type(side) for side in example.values()}) > 1:
-        raise Malformed("of prompt, chosen and rejected some are strings, others lists of messages")
-    if example["chosen"] == example["rejected"]:
-        raise Malformed("chosen and rejected are the same: there is no preference to learn")
-    return example | _tools(row, layout)
-
-
-def _rated_example(row: Row, layout: Layout) -> Example:
-    example = _completion_example(row, layout)
-    label = row.get(layout.columns["label"])
-    known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-    key = label.strip().lower() if isinstance(label, str) else label
-    if not isinstance(key, str | bool | int) or key not in known:
-        raise Malformed(f"the label is {shown(label)}; expected true (a good answer) or false")
-    return {**example, "label": known[key]}
-
-
-def _side(row: Row, column: str) -> str | list[dict[str, Any]]:
-    return as_conversation(row[column], column) if isinstance(row.get(column), list) else _filled_string(row, column)
-
-
-def _tools(row: Row, layout: Layout) -> Example:
-    tools = as_tools(row.get(layout.columns["tools"])) if "tools" in layout.columns else None
-    return {"tools": tools} if tools else {}
-
-
-def _filled_string(row: Row, column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        got = f"is {shown(value)}, a string was expected" if column in row else "is not in this row"
-        raise Malformed(f"column {column!r} {got}")
-    if not value.strip():
-        raise Malformed(f"column {column!r} is empty" if not value else f"column {column!r} is blank ({value[:20]!r})")
-    return value
-
-
-_CONVERTERS: dict[Kind, Callable[[Row, Layout], Example]] = {
-    "messages": _messages_example,
-    "prompt-completion": _completion_example,
-    "text": _text_example,
-    "text-label": _labelled_example,
-    "preference": _preference_example,
-    "rated": _rated_example,
-}

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from .encoding import EncodedSet
-from .labels import Labels
+from .labels import NOT_LEARNED, Labels
 from .splitting import Split, Splits
 
 SHOWN_DROPPED = 5
@@ -46,6 +47,11 @@ def inspect_splits(splits: Splits, encoded: dict[str, EncodedSet]) -> dict[str, 
             }
             for name, split in parts.items()
         },
+        "sources": list(report.sources),
+        "removed": dict(report.removed),
+        "removed_first": [asdict(row) for row in splits.dropped[:SHOWN_DROPPED]],
+        "near_method": report.near_method,
+        "near_dropped": report.near_dropped,
         "contradictory": report.contradictory,
         "leaked_where": list(report.leaked_where),
         "near_where": list(report.near_where),
@@ -82,13 +88,17 @@ def print_inspection(report: dict[str, Any], console: Console) -> None:
     for title, values in _lines(parts):
         table.add_row(title, *values)
     console.print(table)
-    if report["labels"] and report["labels"]["kind"] != "regression":
+    if report["sources"]:
+        console.print(_source_table(report["sources"]))
+    if report["labels"] and report["labels"]["names"]:
         console.print(_label_table(parts, report["labels"]["names"]))
     for text in _warnings(report):
         console.print(Text(text))
 
 
 def _token_facts(split: Split, data: EncodedSet) -> dict[str, Any]:
+    if "pixels" in data.columns:
+        return _pixel_facts(data)
     lengths = data.lengths
     tokens = int(lengths.sum())
     facts: dict[str, Any] = {
@@ -103,7 +113,14 @@ def _token_facts(split: Split, data: EncodedSet) -> dict[str, Any]:
     if "supervised" in data.columns:
         learned = int(data.columns["supervised"].sum())
         facts |= {"supervised_tokens": learned, "supervised_share": learned / max(1, tokens)}
+    if "words" in data.columns:
+        facts["words_lost"] = int(data.columns["words"].sum() - (data.columns["word"] >= 0).sum())
     return facts
+
+
+def _pixel_facts(data: EncodedSet) -> dict[str, Any]:
+    rows, height, width, _ = data.columns["pixels"].shape
+    return {"images": rows, "width": width, "height": height, "megabytes": data.columns["pixels"].nbytes / 2**20}
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
@@ -118,7 +135,15 @@ def _label_facts(split: Split, labels: Labels | None) -> dict[str, Any]:
     """Rows per class, in order of the ids; of numbers their range, mean and standard deviation."""
     if labels is None:
         return {}
-    values = [labels.encode(row["label"], where) for row, where in zip(split.examples, split.where, strict=True)]
+    rows = list(zip(split.examples, split.where, strict=True))
+    if labels.kind == "tags":
+        ids = np.concatenate([labels.encode_tags(row["tags"], where) for row, where in rows])
+        counts = np.bincount(ids[ids != NOT_LEARNED], minlength=len(labels.names))
+        words = sum(len(row["tokens"]) for row, _ in rows)
+        return {"label_counts": {n: int(c) for n, c in zip(labels.names, counts, strict=True)}, "words": words}
+    values = [labels.encode(row["label"], where) for row, where in rows]
+    if labels.kind == "choice":
+        return {"places": {str(i): int(n) for i, n in enumerate(np.bincount(np.asarray(values, dtype=np.int64)))}}
     if labels.kind == "regression":
         numbers = np.asarray(values, dtype=np.float64)
         named = {"min": numbers.min(), "mean": numbers.mean(), "max": numbers.max(), "std": numbers.std()}
@@ -170,10 +195,15 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
     lines = [
         ("rows", cells("rows")),
         ("sequences", cells("sequences")),
+        ("pixels wide", cells("width")),
+        ("pixels high", cells("height")),
+        ("MiB of pixels", cells("megabytes", ",.1f")),
         ("tokens", cells("tokens")),
         ("supervised tokens", with_share("supervised_tokens", "supervised_share")),
         *((f"length {name}", inner("lengths", name)) for name in ("p50", "p90", "p99", "max")),
         ("rows truncated", with_share("truncated", "truncated_share")),
+        ("words", cells("words")),
+        ("words lost by truncation", cells("words_lost")),
         ("rows dropped", cells("dropped")),
         ("rows that repeat an earlier one", cells("duplicates")),
         ("rows without any label", cells("rows_without_label")),
@@ -183,15 +213,26 @@ def _lines(parts: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _label_table(parts: dict[str, dict[str, Any]], names: list[str]) -> Table:
-    table = Table(title="Rows per label", title_justify="left")
+    unit = "words" if any("words" in facts for facts in parts.values()) else "rows"
+    table = Table(title=f"{unit.capitalize()} per label", title_justify="left")
     table.add_column("label")
     for name in parts:
         table.add_column(name, justify="right")
     for label in names[:SHOWN_LABELS]:
-        counts = [(facts["label_counts"][label], facts["rows"]) for facts in parts.values()]
+        counts = [(facts["label_counts"][label], facts[unit]) for facts in parts.values()]
         table.add_row(Text(_visible(label)), *(f"{n:,} ({n / max(1, rows):.1%})" for n, rows in counts))
     if len(names) > SHOWN_LABELS:
         table.add_row(f"… and {len(names) - SHOWN_LABELS} more", *("" for _ in parts))
+    return table
+
+
+def _source_table(sources: list[dict[str, Any]]) -> Table:
+    table = Table(title="Rows per source of data.train", title_justify="left")
+    for title in ("source", "weight", "rows", "in train", "seen per epoch"):
+        table.add_column(title, justify="left" if title == "source" else "right")
+    for part in sources:
+        counts = (f"{part[key]:,}" for key in ("rows", "train", "epoch"))
+        table.add_row(Text(_visible(part["path"])), f"{part['weight']:g}", *counts)
     return table
 
 
@@ -204,11 +245,16 @@ def _warnings(report: dict[str, Any]) -> list[str]:
                 f"Leakage: {facts['leaked_into_train']:,} training rows stand in {name} too; removed from train."
             )
         if facts["near_train"]:
-            lines.append(f"Near duplicates: {facts['near_train']:,} training rows are almost those of {name}; kept.")
+            done = "removed from train" if report["near_dropped"] else "kept"
+            lines.append(f"Near duplicates: {facts['near_train']:,} training rows are almost those of {name}; {done}.")
         for dropped in facts.get("dropped_first", []):
             lines.append(f"Dropped from {name}: {dropped['where']}: {dropped['reason']}")
     lines += [f"  leaked: {pair}" for pair in report["leaked_where"]]
     lines += [f"  near: {pair}" for pair in report["near_where"]]
+    for name, kinds in report["removed"].items():
+        told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        lines.append(f"Left out of {name}: {told}.")
+    lines += [f"  left out: {row['where']}: {row['kind']}: {row['reason']}" for row in report["removed_first"]]
     if report["contradictory"]:
         lines.append(f"Contradictory: {report['contradictory']:,} inputs have more than one label.")
     return [_visible(line) for line in lines + [f"Note: {note}" for note in report["notes"]]]

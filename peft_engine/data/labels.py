@@ -1,4 +1,4 @@
-"""Labels of text classification: of which type they are, their names in order of their ids, and their encoding.
+"""Labels of classification: of which type they are, their names in order of their ids, and their encoding.
 
 The order is the one given in `data.labels`, else sorted: whole numbers by value, other names by code point. It is saved
 with the run and never depends on the order of the rows.
@@ -8,15 +8,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
 from .formats import Example
 
-LabelType = Literal["single", "multi", "regression"]
+LabelType = Literal["single", "multi", "regression", "tags", "choice"]
 MOST_CLASSES = 1000
+NOT_LEARNED = -100  # class id of a word without a tag
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 
@@ -26,15 +27,18 @@ class Labels:
     """How labels become numbers."""
 
     kind: LabelType
+    """`tags` are a class per word, `choice` is the place of the right answer."""
     names: list[str]
-    """Class names in order of their ids; empty for regression."""
+    """Class names in order of their ids; empty for regression and choices."""
+    pair: bool = False
+    """Whether they are of pairs of texts."""
 
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}
 
     def encode(self, value: Any, where: str) -> int | float | list[float]:
-        """The class id (single), 0.0 or 1.0 per class (multi), or the number (regression).
+        """The class id (single), 0.0 or 1.0 per class (multi), or the number (regression, choice).
 
         Args:
             value: the label as the row holds it.
@@ -45,6 +49,8 @@ class Labels:
         """
         if self.kind == "regression":
             return _number(value, where)
+        if self.kind == "choice":
+            return int(value)
         if self.kind == "single":
             return self._id(_name(value, where), where)
         hot = [0.0] * len(self.names)
@@ -52,8 +58,23 @@ class Labels:
             hot[self._id(name, where)] = 1.0
         return hot
 
+    def encode_tags(self, tags: Sequence[str | int | None], where: str) -> list[int]:
+        """Class ids of a row's words (tags), NOT_LEARNED where a word has none. Raises DataError as `encode` does."""
+        return [NOT_LEARNED if tag is None else self._id(self._tag_name(tag), where) for tag in tags]
+
+    def _tag_name(self, tag: str | int) -> str:
+        """A tag's name; a number is the place of one in `names`, unless they are numbers themselves."""
+        name = str(tag)
+        if name not in self._ids and WHOLE.fullmatch(name) and 0 <= int(name) < len(self.names):
+            return self.names[int(name)]
+        return name
+
     def classes(self, value: Any, where: str) -> list[str]:
-        """Names of the classes that a label holds; none for regression. Raises DataError as `encode` does."""
+        """Names of the classes that a label holds; none for numbers. Raises DataError as `encode` does."""
+        if self.kind == "tags":
+            return [self.names[i] for i in sorted(set(self.encode_tags(value, where))) if i != NOT_LEARNED]
+        if self.kind == "choice":
+            return []
         encoded = self.encode(value, where)
         if isinstance(encoded, list):
             return [name for name, hot in zip(self.names, encoded, strict=True) if hot]
@@ -69,12 +90,17 @@ class Labels:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {"kind": self.kind, "names": self.names}
+        return {"kind": self.kind, "names": self.names} | ({"pair": True} if self.pair else {})
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Labels":
         """What `to_json` gave."""
-        return cls(kind=saved["kind"], names=list(saved["names"]))
+        return cls(kind=saved["kind"], names=list(saved["names"]), pair=bool(saved.get("pair", False)))
+
+
+def label_of(example: Example) -> Any:
+    """What a labelled example holds for its classes: its label, or the tags of its words."""
+    return example["tags"] if "tags" in example else example["label"]
 
 
 def find_labels(
@@ -97,10 +123,15 @@ def find_labels(
         ConfigError: `given` names a class twice, or the labels are numbers.
         DataError: a label of another type, a class outside `given`, one class only, or more than 1000.
     """
-    values, rows = [example["label"] for example in examples], rows or len(examples)
+    values, rows = [label_of(example) for example in examples], rows or len(examples)
+    if "choices" in examples[0]:
+        return _choice(label_type, given)
+    if "tags" in examples[0]:
+        return _tags(values, where, given, rows)
+    pair = "text_pair" in examples[0]
     kind = _guessed_kind(values, where) if label_type == "auto" else label_type
     if kind == "regression":
-        return _regression(values, where, given, rows)
+        return replace(_regression(values, where, given, rows), pair=pair)
     listed = kind == "multi"
     named = [_listed_names(v, where(i)) if listed else [_name(v, where(i))] for i, v in enumerate(values)]
     if len({frozenset(names) for names in named}) == 1:
@@ -120,8 +151,13 @@ def find_labels(
             "Check the label column; set data.label_type=regression for numbers, or name the classes in data.labels.",
         )
     if given is None:
-        return Labels("multi" if listed else "single", _sorted_names(first_seen))
-    labels = Labels("multi" if listed else "single", [str(name) for name in given])
+        return Labels("multi" if listed else "single", _sorted_names(first_seen), pair)
+    labels = Labels("multi" if listed else "single", [str(name) for name in given], pair)
+    _check_given(labels, first_seen, where)
+    return labels
+
+
+def _check_given(labels: Labels, first_seen: dict[str, int], where: Callable[[int], str]) -> None:
     twice = sorted({name for name in labels.names if labels.names.count(name) > 1})
     if twice:
         raise ConfigError(f"data.labels names {twice} more than once.", "Name each class once.")
@@ -131,7 +167,31 @@ def find_labels(
                 f"{where(i)}: label {name!r} is not in data.labels ({_shortened(labels.names)}).",
                 "Add it there, or mend the rows.",
             )
-    return labels
+
+
+def _choice(label_type: str, given: list[str | int] | None) -> Labels:
+    for name, setting, nothing in (("label_type", label_type, "auto"), ("labels", given, None)):
+        if setting != nothing:
+            raise ConfigError(f"data.{name} = {setting} has no use with choices: each row has its own.", "Remove it.")
+    return Labels("choice", [])
+
+
+def _tags(values: list[Any], where: Callable[[int], str], given: list[str | int] | None, rows: int) -> Labels:
+    """Tags by name; where they are numbers, `given` names them in their order."""
+    first_seen: dict[str, int] = {}
+    named = Labels("tags", [str(name) for name in given or ()])
+    for i, tags in enumerate(values):
+        for tag in tags:
+            if tag is not None:
+                first_seen.setdefault(named._tag_name(tag), i)
+    if len(first_seen) < 2:
+        found = f"{next(iter(first_seen))!r} only" if first_seen else "none"
+        raise DataError(f"The tags of all {rows} rows are {found}; at least two are needed.", "Check the tags' column.")
+    _check_names(first_seen, where)
+    if given is None:
+        return Labels("tags", _sorted_names(first_seen))
+    _check_given(named, first_seen, where)
+    return named
 
 
 def _guessed_kind(values: list[Any], where: Callable[[int], str]) -> LabelType:

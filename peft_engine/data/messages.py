@@ -27,17 +27,21 @@ class Malformed(ValueError):
     """A row that can't be used; the message says why, the caller adds where."""
 
 
+class Empty(Malformed):
+    """A row whose text, label or conversation is there and holds nothing."""
+
+
 def as_conversation(value: Any, column: str) -> list[Message]:
     """Messages of one row. Raises Malformed."""
     value = _decoded(value)
     if not isinstance(value, list):
         raise Malformed(f"column {column!r} is {shown(value)}, a list of messages was expected")
     if not value:
-        raise Malformed(f"column {column!r} has no messages")
+        raise Empty(f"column {column!r} has no messages")
     messages = [_as_message(turn, number) for number, turn in enumerate(value, start=1)]
     spoken = [turn for turn in messages if turn["role"] == "assistant"]
     if spoken and not any(_says_something(turn) for turn in spoken):
-        raise Malformed(f"the assistant says nothing in column {column!r}")
+        raise Empty(f"the assistant says nothing in column {column!r}")
     return messages
 
 

@@ -1,14 +1,16 @@
 """From the bytes of a data file to its rows, one function per format.
 
 Each parser returns the rows and, where the format has lines, the 1-based line on which each row begins. Nothing is
-skipped but blank lines; whatever can't be read is a DataError that names the line. The functions `…_rows` are the same
-row by row, so that neither the file nor its rows need fit into memory.
+skipped but blank lines; whatever can't be read is a DataError that names the line. Where the caller gives a list for
+faults, a row that can't be read is written there and left out; what is wrong with a whole file is still an error. The
+functions `…_rows` are the same row by row, so that neither the file nor its rows need fit into memory.
 """
 
 import csv
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ Row = dict[str, Any]
 Parsed = tuple[list[Row], list[int] | None]
 Numbered = Iterator[tuple[Row, int]]
 """Rows, each with the 1-based line on which it begins."""
+Faults = list[tuple[str, str]]
+"""Rows that were left out: where each stands, and what is wrong with it."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BATCH_ROWS = 1024  # rows of a columnar file that become Python objects at once
 CSV_FIELD_LIMIT = 2**31 - 1  # characters; Python's own limit of 131,072 is less than a long document
@@ -57,9 +61,12 @@ def _not_utf8(source: str, first: bytes, line: int, offset: int, byte: int) -> D
     )
 
 
-def parse_delimited(source: str, text: str, delimiter: str) -> Parsed:
-    """CSV or TSV with a header; cells stay strings, an empty cell is ""."""
-    return _unzipped(delimited_rows(source, io.StringIO(text, newline=""), delimiter))
+def parse_delimited(source: str, text: str, delimiter: str, faults: Faults | None = None) -> Parsed:
+    """CSV or TSV with a header; cells stay strings, an empty cell is "".
+
+    With `faults`, reading goes on behind the line on which a row that can't be read begins.
+    """
+    return _unzipped(delimited_rows(source, io.StringIO(text, newline=""), delimiter, faults))
 
 
 def _unzipped(numbered: Numbered) -> tuple[list[Row], list[int]]:
@@ -71,32 +78,48 @@ def _unzipped(numbered: Numbered) -> tuple[list[Row], list[int]]:
     return rows, lines
 
 
-def delimited_rows(source: str, lines: Iterable[str], delimiter: str) -> Numbered:
+def delimited_rows(source: str, lines: Iterable[str], delimiter: str, faults: Faults | None = None) -> Numbered:
     """Rows of CSV or TSV, from lines that keep their ends."""
     pieces = (piece for line in lines for piece in _at_returns(line))
-    reader = csv.reader(pieces, delimiter=delimiter, strict=True)
+    taken: list[str] = []  # lines of the row being read, kept where reading may go on behind the first of them
+    again: deque[str] = deque()  # lines to be read once more
+
+    def handed_out() -> Iterator[str]:
+        while (piece := again.popleft() if again else next(pieces, None)) is not None:
+            if faults is not None:
+                taken.append(piece)
+            yield piece
+
     header: list[str] = []
     limit_before = csv.field_size_limit(CSV_FIELD_LIMIT)
+    start = 0  # physical lines before those that the reader was given
     line = 1
     try:
-        for cells in reader:
-            begins, line = line, reader.line_num + 1
-            if not cells:
-                continue
-            if not header:
-                header = _header(f"{source}, line {begins}", cells, delimiter)
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{source}, line {begins}: {len(cells)} cells where the header has {len(header)}.",
-                    "Quote cells that hold the delimiter or a line break.",
-                )
-            yield dict(zip(header, cells, strict=True)), begins
-    except csv.Error as error:
-        raise DataError(
-            f"{source}, line {line}: the row that begins here can't be read: {error}.",
-            'A cell that begins with " must end with one, and every " within it is doubled.',
-        ) from error
+        while True:
+            reader = csv.reader(handed_out(), delimiter=delimiter, strict=True)
+            try:
+                for cells in reader:
+                    taken.clear()
+                    begins, line = line, start + reader.line_num + 1
+                    if not cells:
+                        continue
+                    if not header:
+                        header = _header(f"{source}, line {begins}", cells, delimiter)
+                        continue
+                    if len(cells) != len(header):
+                        problem = f"{len(cells)} cells where the header has {len(header)}"
+                        fix = "Quote cells that hold the delimiter or a line break."
+                        _fault(faults, f"{source}, line {begins}", problem, fix)
+                        continue
+                    yield dict(zip(header, cells, strict=True)), begins
+                break
+            except csv.Error as error:
+                problem = f"the row that begins here can't be read: {error}"
+                fix = 'A cell that begins with " must end with one, and every " within it is doubled.'
+                _fault(faults if header else None, f"{source}, line {line}", problem, fix, error)
+                again.extendleft(reversed(taken[1:]))
+                taken.clear()
+                start, line = line, line + 1
     finally:
         csv.field_size_limit(limit_before)
 
@@ -104,6 +127,13 @@ def delimited_rows(source: str, lines: Iterable[str], delimiter: str) -> Numbere
 def _at_returns(line: str) -> Iterable[str]:
     """The line, cut after each carriage return that stands alone: old Macs end lines so, and csv counts them."""
     return io.StringIO(line, newline="") if "\r" in line else (line,)
+
+
+def _fault(faults: Faults | None, where: str, problem: str, fix: str, cause: Exception | None = None) -> None:
+    """Write a row's fault down, or raise it where nobody collects them."""
+    if faults is None:
+        raise DataError(f"{where}: {problem}.", fix) from cause
+    faults.append((where, problem))
 
 
 def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
@@ -119,37 +149,48 @@ def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
     return cells
 
 
-def parse_json_lines(source: str, text: str) -> Parsed:
+def parse_json_lines(source: str, text: str, faults: Faults | None = None) -> Parsed:
     """One JSON object per line."""
-    return _unzipped(json_rows(source, text.split("\n")))  # not splitlines(): U+2028 may stand inside a JSON string
+    lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    return _unzipped(json_rows(source, lines, faults))
 
 
-def json_rows(source: str, lines: Iterable[str]) -> Numbered:
+def json_rows(source: str, lines: Iterable[str], faults: Faults | None = None) -> Numbered:
     """Rows of JSON objects, from lines without their ends; a file that ends with a line end gives "" last."""
-    lines = iter(lines)
+    broken: tuple[int, str, Exception] | None = None  # a line of which is not yet known whether it is the last
+    number = 0
     for number, line in enumerate(lines, start=1):
         line = line.strip()
         if not line:
             continue
+        if broken:
+            _broken_line(source, *broken, False, faults)
+            broken = None
         where = f"{source}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            following = next(lines, None)
-            last = not (following or "").strip() and not any(rest.strip() for rest in lines)
-            if last and (following is None or not line.endswith("}")):
-                problem = f"{where}, the last one, breaks off: {start_of(line)}; the file looks truncated."
-                raise DataError(problem, "Copy or download it again, or remove the broken line.") from error
-            raise DataError(f"{where}: not valid JSON ({error}): {start_of(line)}.", LIST_IN_LINES) from error
+            broken = number, line, error
+            continue
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object: {start_of(line)}.", LIST_IN_LINES)
-        if HALF_SURROGATE.search(line):
-            _check_surrogates(where, row)
-        yield without_nulls(row, deep=False), number
+            _fault(faults, where, f"not a JSON object: {start_of(line)}", LIST_IN_LINES)
+        elif not HALF_SURROGATE.search(line) or _surrogates_paired(where, row, faults):
+            yield without_nulls(row, deep=False), number
+    if broken:
+        cut = broken[0] == number or not broken[1].endswith("}")
+        _broken_line(source, *broken, cut, faults)
 
 
-def parse_json(source: str, text: str) -> Parsed:
-    """A JSON list of objects, or {"data": that list}."""
+def _broken_line(source: str, number: int, line: str, error: Exception, cut: bool, faults: Faults | None) -> None:
+    problem, fix = f"not valid JSON ({error}): {start_of(line)}", LIST_IN_LINES
+    if cut:
+        problem = f"this last line breaks off: {start_of(line)}; the file looks truncated"
+        fix = "Copy or download it again, or remove the broken line."
+    _fault(faults, f"{source}, line {number}", problem, fix, error)
+
+
+def parse_json(source: str, text: str, faults: Faults | None = None) -> Parsed:
+    """A JSON list of objects, or {"data": that list}. Rows have numbers for lines where some are left out."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -168,28 +209,32 @@ def parse_json(source: str, text: str) -> Parsed:
             'Take the form [{…}, …] or {"data": [{…}, …]}; a file with one object per line is named .jsonl.',
         )
     suspect = HALF_SURROGATE.search(text) is not None
+    rows: list[Row] = []
+    numbers: list[int] = []
     for number, row in enumerate(document, start=1):
         where = f"{source}, row {number}"
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not an object: {shown(row)}.", "Each row is a JSON object.")
-        if suspect:
-            _check_surrogates(where, row)
-    return [without_nulls(row, deep=False) for row in document], None
+            _fault(faults, where, f"not an object: {shown(row)}", "Each row is a JSON object.")
+        elif not suspect or _surrogates_paired(where, row, faults):
+            rows.append(without_nulls(row, deep=False))
+            numbers.append(number)
+    return rows, numbers if faults else None
 
 
-def _check_surrogates(where: str, row: Row) -> None:
-    """Refuse half of a surrogate pair (an emoji cut in two): no tokenizer takes it."""
+def _surrogates_paired(where: str, row: Row, faults: Faults | None) -> bool:
+    """False for half of a surrogate pair (an emoji cut in two): no tokenizer takes it."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half of a surrogate pair, \\u{ord(error.object[error.start]):04x} (an emoji cut in two).",
-            "Remove it where the file is made.",
-        ) from error
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        problem = f"half of a surrogate pair, {half} (an emoji cut in two)"
+        _fault(faults, where, problem, "Remove it where the file is made.", error)
+        return False
+    return True
 
 
-def parse_text(source: str, text: str) -> Parsed:
-    """One document per line, as {"text": line}."""
+def parse_text(source: str, text: str, faults: Faults | None = None) -> Parsed:
+    """One document per line, as {"text": line}. There is nothing that can't be read."""
     return _unzipped(text_rows(source, text.split("\n")))
 
 
@@ -200,9 +245,9 @@ def text_rows(source: str, lines: Iterable[str]) -> Numbered:
             yield {"text": line.removesuffix("\r")}, number
 
 
-TEXT_PARSERS: dict[str, Callable[[str, str], Parsed]] = {
-    ".csv": lambda source, text: parse_delimited(source, text, ","),
-    ".tsv": lambda source, text: parse_delimited(source, text, "\t"),
+TEXT_PARSERS: dict[str, Callable[[str, str, Faults | None], Parsed]] = {
+    ".csv": lambda source, text, faults: parse_delimited(source, text, ",", faults),
+    ".tsv": lambda source, text, faults: parse_delimited(source, text, "\t", faults),
     ".jsonl": parse_json_lines,
     ".ndjson": parse_json_lines,
     ".json": parse_json,

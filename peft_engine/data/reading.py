@@ -11,11 +11,11 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, StorageError
-from .parsing import TEXT_PARSERS, Row, decode, parse_columnar, without_nulls
+from .parsing import TEXT_PARSERS, Faults, Row, decode, parse_columnar, without_nulls
 
 SUFFIXES = (*TEXT_PARSERS, ".parquet", ".arrow", *(suffix + ".gz" for suffix in TEXT_PARSERS))
 
@@ -29,10 +29,18 @@ class Rows:
     rows: list[Row]
     lines: list[int] | None = None
     """1-based line on which each row begins, for files that have lines."""
+    skipped: Faults = field(default_factory=list)
+    """Rows that can't be read and were left out: where each stands, and what is wrong with it."""
+    unit: str = "line"
+    """What `lines` counts: "row" in a JSON list of which rows were left out."""
+    places: list[str] | None = None
+    """Where each row stands in full, for sources whose rows are files."""
 
     def where(self, i: int) -> str:
         """Where row `i` (from 0) stands, in words: "train.jsonl, line 7" or "train.parquet, row 8"."""
-        return f"{self.source}, row {i + 1}" if self.lines is None else f"{self.source}, line {self.lines[i]}"
+        if self.places is not None:
+            return self.places[i]
+        return f"{self.source}, row {i + 1}" if self.lines is None else f"{self.source}, {self.unit} {self.lines[i]}"
 
     @property
     def columns(self) -> list[str]:
@@ -40,13 +48,16 @@ class Rows:
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
 
-def read_rows(source: str, *, subset: str | None = None, default_split: str = "train") -> Rows:
+def read_rows(
+    source: str, *, subset: str | None = None, default_split: str = "train", skip_malformed: bool = False
+) -> Rows:
     """Rows of a local file, or of a hub data set given as `name` or `name:split`.
 
     Args:
         source: what ends like a data file, begins with `.`, `/` or `~`, or exists is a file; all else is a hub name.
         subset: configuration name of a hub data set.
         default_split: split of a hub data set whose name has none.
+        skip_malformed: leave out rows of a text format that can't be read, and list them; else they are an error.
 
     Raises:
         ConfigError: there is no such file or hub data set, or its format is not known.
@@ -59,10 +70,13 @@ def read_rows(source: str, *, subset: str | None = None, default_split: str = "t
             raise ConfigError(
                 f"data.subset: {subset!r} is for hub data sets, and {source} is a file.", "Remove data.subset."
             )
-        rows = _read_file(source, path)
+        rows = _read_file(source, path, skip_malformed)
     else:
         rows = _read_hub(source, subset, default_split)
     if not rows.rows:
+        if rows.skipped:
+            where, problem = rows.skipped[0]
+            raise DataError(f"No row of {source} can be read ({where}: {problem}).", "Check the format of the file.")
         raise DataError(f"{source} holds no rows.", "Give a file or split that holds some.")
     return rows
 
@@ -79,7 +93,7 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
-def _read_file(source: str, path: Path) -> Rows:
+def _read_file(source: str, path: Path, skip_malformed: bool) -> Rows:
     if (parts := arrow_folder(source, path)) is not None:
         return Rows(source, [row for part in parts for row in parse_columnar(*_arrow_part(source, part))[0]])
     raw = _read_bytes(source, path)
@@ -93,7 +107,9 @@ def _read_file(source: str, path: Path) -> Rows:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise undecompressed(source, error) from error
-    return Rows(source, *TEXT_PARSERS[suffix.removesuffix(".gz")](source, decode(source, raw)))
+    kind, faults = suffix.removesuffix(".gz"), Faults()
+    rows, lines = TEXT_PARSERS[kind](source, decode(source, raw), faults if skip_malformed else None)
+    return Rows(source, rows, lines, faults, "row" if kind == ".json" else "line")
 
 
 def undecompressed(source: str, error: Exception) -> DataError:

@@ -2,7 +2,7 @@
 
 One side per input (trap 26): made splits divide the distinct inputs, and what stands in a given evaluation or test
 split is removed from training. The same data and `data.seed` give the same splits in every process, whatever
-`training.seed` is.
+`training.seed` is. Of a mixture the union is divided, in proportion to the sources.
 """
 
 import hashlib
@@ -11,13 +11,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..config import Config
-from ..config_checks import CLASSES
+from ..config import CleanConfig, Config, SourceConfig
+from ..config_checks import LABELLED
 from ..errors import DataError
+from .cleaning import Dropped, counted, refuse_nothing_left, usable, without_contradictory, without_repeated
 from .drawing import draw, hold_out
-from .duplicates import contradictory, input_key, near_key, repeated
-from .formats import Example, Layout, find_layout, to_examples
-from .labels import Labels, find_labels
+from .duplicates import contradictory, input_key, repeated
+from .formats import Example, Layout, find_layout
+from .image_sources import read_images
+from .images import require_pillow
+from .labels import Labels, find_labels, label_of
+from .mixing import describe_sources, name_of, sources_of
+from .near_duplicates import Near, find_near, method_for
 from .reading import Rows, read_rows
 
 HUB_SPLITS = {"train": "train", "eval": "validation", "test": "test"}
@@ -32,10 +37,15 @@ class Split:
     examples: Sequence[Example]
     where: Sequence[str]
     """Provenance of each row: "train.jsonl, line 7"."""
+    sources: list[int] = field(default_factory=list)
+    """Of `data.train`'s rows: which of its sources each comes from."""
+    dropped: list[Dropped] = field(default_factory=list)
+    """Rows that `data.clean` let go when this split was read."""
 
     def take(self, indices: Sequence[int]) -> "Split":
         """The rows at these indices, in that order."""
-        return Split([self.examples[i] for i in indices], [self.where[i] for i in indices])
+        sources = [self.sources[i] for i in indices] if self.sources else []
+        return Split([self.examples[i] for i in indices], [self.where[i] for i in indices], sources)
 
     def lines(self) -> Iterable[bytes]:
         """The examples as sorted JSON, each with its line end."""
@@ -51,15 +61,23 @@ class SplitReport:
     made: dict[str, bool] = field(default_factory=dict)
     """Of the evaluation and test split there is: made from the training data, not given."""
     duplicates: dict[str, int] = field(default_factory=dict)
-    """Rows of each split that repeat an earlier row of it, answer included. They are kept."""
+    """Rows of each split that repeat an earlier row of it, answer included. They are kept, but for data.clean."""
     leaked: dict[str, int] = field(default_factory=dict)
     """Training rows removed because their input stands in the given "eval" or "test"; one in both counts in both."""
     leaked_where: list[str] = field(default_factory=list)
     """The first five of them: "train.csv, line 3 = test.csv, line 9"."""
     near: dict[str, int] = field(default_factory=dict)
-    """Training rows whose input is that of an "eval" or "test" row but for case, punctuation and spacing. Kept."""
+    """Training rows that nearly repeat an "eval" or "test" row. Kept, or with data.near_duplicates drop removed."""
     near_where: list[str] = field(default_factory=list)
     """The first five of them."""
+    near_method: str = "off"
+    """`minhash`; `normalised`: equal but for case, punctuation and spacing; `off`: not looked for."""
+    near_dropped: bool = False
+    """Near duplicates were removed from training."""
+    removed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Rows that were left out before or after splitting, by split and kind; `dropped.jsonl` names each."""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Of a mixture: path, weight, rows read, rows of the training split and rows seen per epoch."""
     contradictory: int = 0
     """Inputs that stand in the data, in any split, with more than one label."""
     notes: list[str] = field(default_factory=list)
@@ -80,27 +98,64 @@ class Splits:
     layout: Layout
     """Of the training data."""
     labels: Labels | None
-    """Text classification only."""
+    """Of tasks with classes."""
     report: SplitReport
     digest: str
     """sha256 of all splits' examples in their order; file names don't enter."""
+    dropped: list[Dropped] = field(default_factory=list)
+    """All rows that were left out."""
 
 
 def load_one(source: str, config: Config, *, need_label: bool, default_split: str) -> tuple[Split, Rows]:
     """The examples of one file or hub split, and its rows. Raises ConfigError, DataError or StorageError."""
-    split, rows, _ = _load(source, config, need_label, default_split)
+    split, rows, _ = _load(SourceConfig(path=source, columns=config.data.columns), config, need_label, default_split)
     return split, rows
 
 
-def _load(source: str, config: Config, need_label: bool, default_split: str) -> tuple[Split, Rows, Layout]:
-    rows = read_rows(source, subset=config.data.subset, default_split=default_split)
-    columns: dict[str, str] = dict(config.data.columns.items())
+def _load(
+    source: SourceConfig, config: Config, need_label: bool, default_split: str, name: str = "test"
+) -> tuple[Split, Rows, Layout]:
+    """One source. Rows to be predicted are all needed, so none is dropped then."""
+    clean = config.data.clean if need_label else CleanConfig()
+    skip = clean.malformed == "drop"
+    subset = config.data.subset
+    rows = None
+    if config.task == "image-classification":
+        require_pillow()
+        rows = read_images(source.path, need_label)
+    rows = rows or read_rows(source.path, subset=subset, default_split=default_split, skip_malformed=skip)
+    columns: dict[str, str] = dict(source.columns.items())
     layout = find_layout(rows, config.task, columns, need_label=need_label)
-    return Split(to_examples(rows, layout), [rows.where(i) for i in range(len(rows.rows))]), rows, layout
+    examples, where, dropped = usable(rows, layout, clean, name)
+    if not examples:
+        refuse_nothing_left(0, dropped, source.path, "data.clean")
+    return Split(examples, where, dropped=dropped), rows, layout
+
+
+def _load_train(config: Config, report: SplitReport) -> tuple[Split, Layout]:
+    """All sources of `data.train`, one after the other; the layout is the first one's."""
+    examples: list[Example] = []
+    where: list[str] = []
+    whole, layouts, read = Split(examples, where), [], []
+    for number, source in enumerate(sources_of(config)):
+        part, _, layout = _load(source, config, True, HUB_SPLITS["train"], "train")
+        layouts.append(layout)
+        if layout.kind != layouts[0].kind:
+            raise DataError(
+                f"data.train: {sources_of(config)[0].path} holds {layouts[0].kind}, {source.path} {layout.kind}.",
+                "Give all sources in one format, or name the columns of each.",
+            )
+        read.append(len(part.examples))
+        examples += part.examples
+        where += part.where
+        whole.dropped += part.dropped
+        whole.sources += [number] * len(part.examples)
+    report.sources = [{"rows": n} for n in read]
+    return whole, layouts[0]
 
 
 def load_splits(config: Config) -> Splits:
-    """Read, check and divide the data of a run.
+    """Read, check, clean and divide the data of a run.
 
     Raises:
         ConfigError: a file or hub data set that isn't there, or settings that don't fit it.
@@ -108,16 +163,18 @@ def load_splits(config: Config) -> Splits:
         StorageError: a file that may not be read.
     """
     report = SplitReport()
-    train, _, layout = _load(config.data.train, config, True, HUB_SPLITS["train"])
+    train, layout = _load_train(config, report)
     held = given_splits(config, layout)
+    dropped = [row for split in (train, *held.values()) for row in split.dropped]
     labels = None
-    if config.task in CLASSES:
+    if config.task in LABELLED:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
     whole = [*train.examples] + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
-    train = _without_leaked(train, held, config, report)
+    train = _without_leaked(train, held, config, report, dropped)
     train, made = _make_splits(train, held, labels, config, report)
     held |= made
+    train = _cleaned(train, held, config, report, dropped)
     if labels is not None:
         labels = _labels_of_training(train, held, labels, config)
     parts = {"train": train} | {name: held[name] for name in HELD_OUT if name in held}
@@ -127,24 +184,82 @@ def load_splits(config: Config) -> Splits:
         shown = {name for i in range(len(train.examples)) for name in _classes(train, i, labels)}
         check_classes(shown, labels, config, report)
     report.made = {name: name in made for name in HELD_OUT if name in parts}
-    _describe(parts, report)
-    return Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, digest_of(parts))
+    _describe(parts, config, report)
+    report.removed = counted(dropped)
+    splits = Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, digest_of(parts))
+    splits.dropped = dropped
+    return splits
+
+
+def _cleaned(
+    train: Split, held: dict[str, Split], config: Config, report: SplitReport, dropped: list[Dropped]
+) -> Split:
+    """The training split without what `data.clean` and `data.near_duplicates` take; `held` is changed in place."""
+    clean = config.data.clean
+    kept, gone = without_contradictory(train.examples, train.where, clean.contradictory)
+    refuse_nothing_left(len(kept), gone, "train", "data.clean.contradictory")
+    dropped += gone
+    train = train.take(kept) if gone else train
+    if clean.duplicates == "drop":
+        kept, gone = without_repeated(train.examples, train.where, "train")
+        train = train.take(kept)
+        for name, split in list(held.items()):
+            kept, more = without_repeated(split.examples, split.where, name)
+            held[name] = split.take(kept)
+            gone += more
+        dropped += gone
+    if config.data.near_duplicates == "drop":
+        near = {n.row: n for n in reversed(_near(train, held, config, report))}
+        gone = [
+            Dropped("train", train.where[i], "near duplicate", _pair_in_words(near[i], held[near[i].split]))
+            for i in sorted(near)
+        ]
+        kept = [i for i in range(len(train.examples)) if i not in near]
+        refuse_nothing_left(len(kept), gone, "train", "data.near_duplicates")
+        dropped += gone
+        report.near_dropped = True
+        train = train.take(kept)
+    return train
+
+
+def _near(train: Split, held: dict[str, Split], config: Config, report: SplitReport) -> list[Near]:
+    """Near duplicates of the training split, told in the report."""
+    if config.data.near_duplicates == "off":
+        return []
+    examples = {name: held[name].examples for name in HELD_OUT if name in held}
+    report.near_method, note = method_for(train.examples, examples, config.data.near_duplicates)
+    report.notes += [note] if note else []
+    found = find_near(train.examples, examples, config.data.near_threshold, fuzzy=report.near_method == "minhash")
+    for near in found:
+        report.near[near.split] = report.near.get(near.split, 0) + 1
+    first = {near.row: near for near in reversed(found)}
+    report.near_where = [
+        f"{train.where[row]} {_pair_in_words(first[row], held[first[row].split])}" for row in sorted(first)[:SHOWN]
+    ]
+    return found
+
+
+def _pair_in_words(near: Near, held: Split) -> str:
+    return f"{'=' if near.similarity == 1.0 else f'~ {near.similarity:.2f}'} {held.where[near.other]}"
 
 
 def given_splits(config: Config, layout: Layout) -> dict[str, Split]:
     given = {}
     for name, source in (("eval", config.data.eval), ("test", config.data.test)):
         if source is not None:
-            given[name], _, other = _load(source, config, True, HUB_SPLITS[name])
+            part = SourceConfig(path=source, columns=config.data.columns)
+            given[name], _, other = _load(part, config, True, HUB_SPLITS[name], name)
             if other.kind != layout.kind:
                 raise DataError(
-                    f"data.train {config.data.train} holds {layout.kind}, data.{name} {source} {other.kind}.",
+                    f"data.train {name_of(config)} holds {layout.kind}, data.{name} {source} {other.kind}.",
                     "Give both in one format, or name their columns in data.columns.",
                 )
     return given
 
 
-def _without_leaked(train: Split, given: dict[str, Split], config: Config, report: SplitReport) -> Split:
+def _without_leaked(
+    train: Split, given: dict[str, Split], config: Config, report: SplitReport, dropped: list[Dropped]
+) -> Split:
     """Training rows whose input stands in no given split; what is removed is counted in the report."""
     keys = [input_key(example) for example in train.examples]
     stands = {name: _first_where(split) for name, split in given.items()}
@@ -155,11 +270,14 @@ def _without_leaked(train: Split, given: dict[str, Split], config: Config, repor
             report.leaked[name] = report.leaked.get(name, 0) + 1
         if not hits:
             kept.append(i)
-        elif len(report.leaked_where) < SHOWN:
-            report.leaked_where.append(f"{train.where[i]} = {stands[hits[0]][key]}")
+            continue
+        other = stands[hits[0]][key]
+        dropped.append(Dropped("train", train.where[i], "leaked", f"the input of {other}"))
+        if len(report.leaked_where) < SHOWN:
+            report.leaked_where.append(f"{train.where[i]} = {other}")
     if not kept:
         raise DataError(
-            f"All {len(keys)} rows of data.train {config.data.train} stand in data.eval or data.test as well "
+            f"All {len(keys)} rows of data.train {name_of(config)} stand in data.eval or data.test as well "
             f"(first: {report.leaked_where[0]}), so that nothing is left to train on.",
             "Give other rows. If all rows share one prompt, name the completion's column as data.columns.text.",
         )
@@ -186,7 +304,12 @@ def _make_splits(
         groups.setdefault(input_key(example), []).append(i)
     inputs = list(groups.values())
     classes = [[name for i in rows for name in _classes(train, i, labels)] for rows in inputs]
-    strata = [names[0] for names in classes] if labels is not None and labels.kind == "single" else None
+    single = labels is not None and labels.kind == "single"
+    strata = [names[0] for names in classes] if single else None
+    mixed = len(set(train.sources)) > 1
+    if mixed:
+        sides = zip(inputs, strata or [""] * len(inputs), strict=True)
+        strata = [f"{train.sources[rows[0]]} {name}" for rows, name in sides]
     left = list(range(len(inputs)))
     made: dict[str, Split] = {}
     for name, share in (("test", config.data.split.test), ("eval", config.data.split.eval)):
@@ -196,11 +319,12 @@ def _make_splits(
         drawn: list[int] = []
         if 0 < count < len(left):
             drawn, notes = hold_out(left, count, strata, classes, config.data.seed)
-            report.notes += [f"{name} split: {note}." for note in notes]
+            kinds = "classes and sources in proportion" if mixed else "classes in proportion"
+            report.notes += [f"{name} split: {note.replace('classes in proportion', kinds)}." for note in notes]
         if not drawn:
             raise DataError(
                 f"No {name} split can be made: data.split.{name} = {share} of {len(inputs)} different inputs "
-                f"({len(train.examples)} rows of {config.data.train}) is {count}, of {len(left)} that are left.",
+                f"({len(train.examples)} rows of {name_of(config)}) is {count}, of {len(left)} that are left.",
                 f"Give more rows, set data.split.{name}=0, or give data.{name}. Rows with one input stay on one side; "
                 "if all share one prompt, name the completion's column as data.columns.text.",
             )
@@ -210,15 +334,16 @@ def _make_splits(
 
 
 def _classes(split: Split, i: int, labels: Labels | None) -> list[str]:
-    return [] if labels is None else labels.classes(split.examples[i]["label"], split.where[i])
+    return [] if labels is None else labels.classes(label_of(split.examples[i]), split.where[i])
 
 
 def _labels_of_training(train: Split, held: dict[str, Split], found: Labels, config: Config) -> Labels:
     """Labels of the training split alone, having checked that the other splits hold no others."""
-    labels = find_labels(train.examples, train.where.__getitem__, found.kind, config.data.labels)
+    kind = found.kind if found.kind in ("single", "multi", "regression") else "auto"
+    labels = find_labels(train.examples, train.where.__getitem__, kind, config.data.labels)
     for split in held.values():
         for example, where in zip(split.examples, split.where, strict=True):
-            labels.encode(example["label"], where)
+            labels.classes(label_of(example), where)
     return labels
 
 
@@ -254,22 +379,14 @@ def check_classes(shown: set[str], labels: Labels, config: Config, report: Split
         )
 
 
-def _describe(parts: dict[str, Split], report: SplitReport) -> None:
+def _describe(parts: dict[str, Split], config: Config, report: SplitReport) -> None:
     report.counts = {name: len(split.examples) for name, split in parts.items()}
     report.duplicates = {name: repeated(split.examples) for name, split in parts.items()}
-    stands = {
-        name: {near_key(key): where for key, where in _first_where(parts[name]).items()}
-        for name in HELD_OUT
-        if name in parts
-    }
-    train = parts["train"]
-    for example, where in zip(train.examples, train.where, strict=True) if stands else ():
-        key = near_key(input_key(example))
-        hits = [name for name in stands if key in stands[name]]
-        for name in hits:
-            report.near[name] = report.near.get(name, 0) + 1
-        if hits and len(report.near_where) < SHOWN:
-            report.near_where.append(f"{where} = {stands[hits[0]][key]}")
+    read = [part["rows"] for part in report.sources]
+    mixed = isinstance(config.data.train, list)
+    report.sources = describe_sources(config, read, parts["train"].sources) if mixed else []
+    if not report.near_dropped:
+        _near(parts["train"], {name: parts[name] for name in HELD_OUT if name in parts}, config, report)
 
 
 def digest_of(parts: dict[str, Split]) -> str:

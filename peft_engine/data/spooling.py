@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -21,13 +21,15 @@ import numpy as np
 
 from ..config import Config
 from ..errors import DataError, EngineError
-from . import duplicates, flatfiles, formats, parsing, rowstream
+from . import duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts
 from . import messages as chat_shape
 from .duplicates import input_key, label_key, near_key, row_key
+from .examples import refused_rows, to_example
 from .flatfiles import Writer, locked, mapped, read_exactly, read_notes
-from .formats import Example, Layout, find_layout, refused_rows, to_example
+from .formats import Example, Layout, find_layout
 from .labels import as_list
 from .messages import Malformed
+from .parsing import Row
 from .reading import Rows
 from .rowstream import RowStream
 
@@ -132,7 +134,7 @@ def spool(config: Config, place: Path) -> Spool:
     """The rows of `data.train` on disk: as an earlier pass left them, else from one pass over the file.
 
     Raises:
-        ConfigError, DataError, StorageError: as `reading.read_rows` and `formats.to_examples` do; also StorageError
+        ConfigError, DataError, StorageError: as `reading.read_rows` and `examples.to_examples` do; also StorageError
             where the disk is full. What was written is removed then.
     """
     assert isinstance(config.data.train, str)
@@ -143,12 +145,12 @@ def spool(config: Config, place: Path) -> Spool:
     with locked(folder):
         notes = read_notes(folder)
         if notes is None:
-            layout = _layout(stream, config.task, columns, _first_columns(stream))
+            layout = _layout(stream, config.task, columns)
             writer = Writer(folder)
             try:
                 while True:
                     found = _pass(stream, layout, writer)
-                    complete = find_layout(_only_columns(stream, found.columns), config.task, columns)
+                    complete = find_layout(_sample(stream, found.columns), config.task, columns)
                     if complete == layout:
                         break
                     layout = complete  # a column further down changed what the rows mean
@@ -161,35 +163,36 @@ def spool(config: Config, place: Path) -> Spool:
             except BaseException:
                 writer.abandon()
                 raise
-    layout = Layout(notes["kind"], notes["columns"])
+    layout = Layout(notes["kind"], notes["columns"], folder=os.path.dirname(os.path.expanduser(stream.source)))
     return Spool(folder, stream, layout, notes["rows"], notes["values"])
 
 
 @cache
 def _code() -> str:
     """sha256 of the code that decides what a store holds: one that another version wrote is not read."""
-    modules = (chat_shape, duplicates, flatfiles, formats, parsing, rowstream)
+    modules = (chat_shape, duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts)
     text = "".join(inspect.getsource(module) for module in modules) + inspect.getsource(_Pieces)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _first_columns(stream: RowStream) -> list[str]:
-    return list(dict.fromkeys(key for row, _ in islice(stream, FIRST_ROWS) for key in row))
-
-
-def _layout(stream: RowStream, task: str, columns: dict[str, str], seen: list[str]) -> Layout:
+def _layout(stream: RowStream, task: str, columns: dict[str, str]) -> Layout:
     """By the first rows if these tell it, else by all."""
-    if not seen and next(iter(stream), None) is None:
+    if next(iter(stream), None) is None:
         raise DataError(f"{stream.source} holds no rows.", "Give a file or split that holds some.")
     try:
-        return find_layout(_only_columns(stream, seen), task, columns)
+        return find_layout(_sample(stream, _columns(islice(stream, FIRST_ROWS))), task, columns)
     except EngineError:
-        seen = list(dict.fromkeys(key for row, _ in stream for key in row))
-        return find_layout(_only_columns(stream, seen), task, columns)
+        return find_layout(_sample(stream, _columns(stream)), task, columns)
 
 
-def _only_columns(stream: RowStream, seen: Sequence[str]) -> Rows:
-    return Rows(stream.source, [dict.fromkeys(seen)])
+def _columns(rows: Iterable[tuple[Row, int]]) -> list[str]:
+    return list(dict.fromkeys(key for row, _ in rows for key in row))
+
+
+def _sample(stream: RowStream, columns: Sequence[str]) -> Rows:
+    """The first row, with the columns of all: as much of the rows as their layout is told by."""
+    first, _ = next(iter(stream))
+    return Rows(stream.source, [dict.fromkeys(columns) | first])
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..config_checks import CLASSES
+from ..config_checks import LABELLED
 from ..errors import DataError
 from .encoding import cache_folder
 from .flatfiles import storage_faults
@@ -47,7 +47,7 @@ class StreamedSplit(Split):
     def take(self, indices: Any) -> "StreamedSplit":
         chosen = self.examples.chosen[np.asarray(indices, np.int64)]
         where = Places(self.where.stream, self.where.numbers, chosen)
-        return StreamedSplit(StoredExamples(self.examples.folder, chosen), where, self.home)
+        return StreamedSplit(StoredExamples(self.examples.folder, chosen), where, home=self.home)
 
     def lines(self) -> Iterable[bytes]:
         return (self.examples.line(i) for i in range(len(self.examples)))
@@ -95,7 +95,7 @@ def stream_splits(config: Config) -> Splits:
     rows = {name: _drawn(config, name, chosen, report) for name, chosen in {"train": left, **made}.items()}
     given = limited(given, labels, config, report)
     parts: dict[str, Split] = {
-        name: StreamedSplit(stored.examples(chosen), stored.places(chosen), home) for name, chosen in rows.items()
+        name: StreamedSplit(stored.examples(chosen), stored.places(chosen), home=home) for name, chosen in rows.items()
     } | given
     parts = {name: parts[name] for name in ("train", *HELD_OUT) if name in parts}
     if labels is not None and labels.kind != "regression":
@@ -109,7 +109,7 @@ def stream_splits(config: Config) -> Splits:
 
 def _labels(config: Config, stored: Spool, own: Hashes, chosen: np.ndarray, label_type: str) -> Labels | None:
     """Type and names of the labels that the rows `chosen` show."""
-    if config.task not in CLASSES:
+    if config.task not in LABELLED:
         return None
     values = _values(stored, own, chosen)
     where = stored.places(values).__getitem__
@@ -236,7 +236,7 @@ def _drawn(config: Config, name: str, rows: np.ndarray, report: SplitReport) -> 
     limit = config.data.limit.model_dump()[name]
     if limit is None or limit >= len(rows):
         return rows
-    if config.task in CLASSES:
+    if config.task in LABELLED:
         report.notes.append(f"data.limit.{name} = {limit}: streamed, so drawn plainly, not in proportion to classes.")
     rng = np.random.default_rng([config.data.seed % 2**32, len(rows)])
     return rows[np.sort(rng.choice(len(rows), limit, replace=False))]
@@ -247,6 +247,7 @@ def _describe(parts: dict[str, Split], hashes: dict[str, Hashes], near: str, rep
     report.duplicates = {name: len(one.rows) - len(np.unique(one.rows)) for name, one in hashes.items()}
     if near == "off":
         return
+    report.near_method = "normalised"
     hits = {name: np.isin(hashes["train"].near, hashes[name].near) for name in HELD_OUT if name in parts}
     if hits:
         report.notes.append(NEAR_ONLY)

@@ -20,29 +20,44 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         resident: tensors that live before the mode is entered (weights, optimizer state, inputs).
+        emptied: storages may be emptied while they live, as FSDP2 does with a layer's weights, behind every operator's
+            back; they are looked at again wherever there seems to be a new maximum.
     """
 
-    def __init__(self, resident: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, resident: Iterable[torch.Tensor] = (), emptied: bool = False) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._seen: set[int] = set()
+        self._emptied = emptied
+        self._sizes: dict[int, int] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in resident:
             self._count(tensor)
 
     def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor what is here
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if self._sizes.get(key) == size:
             return
-        self._seen.add(key)
-        self.now += size
+        if key not in self._sizes:
+            weakref.finalize(storage, self._free, key)
+            if self._emptied:
+                self._storages[key] = weakref.ref(storage)
+        self._resize(key, size)
+        if self._emptied and self.now > self.peak:
+            for other, place in list(self._storages.items()):
+                alive = place()
+                if alive is not None:
+                    self._resize(other, alive.nbytes())
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
+    def _resize(self, key: int, size: int) -> None:
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+        self._storages.pop(key, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

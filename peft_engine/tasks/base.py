@@ -1,6 +1,6 @@
 """What a task must give the engine, and what tasks share."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from ..config import Config, EvaluationConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
+from ..data.packing import Packs
 
 Batch = dict[str, Tensor]
 
@@ -113,14 +114,42 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Templated(Protocol):
+    """A task whose rows may go through a chat template, which writes tokens of its own round those of the rows."""
+
+    def is_templated(self, example: Example) -> bool: ...
+
+    def written(self, example: Example, where: str) -> list[bool]:
+        """Per token of the whole row whether it stands for what somebody wrote, and not for the template."""
+        ...
+
+
 def probe_tokens(model: nn.Module) -> Batch:
     """Token ids to compare models on: seeded, (4, 24), the last row padded."""
-    settings: Any = model.config
-    size = int(settings.get_text_config().vocab_size)
+    entry: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = int(entry.weight.shape[0])
     ids = torch.randint(0, size, (4, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[-1, 16:] = 0
     return to_device({"input_ids": ids, "attention_mask": mask}, next(model.parameters()).device)
+
+
+@runtime_checkable
+class TakesPacks(Protocol):
+    """A task whose samples may share a sequence."""
+
+    def collate_packs(self, data: EncodedSet, rows: Packs) -> Batch:
+        """A batch of (packs, longest pack) tensors on the CPU."""
+        ...
+
+
+def collated(task: Task, data: EncodedSet, rows: np.ndarray | Packs, seed: int) -> Batch:
+    """The batch of a training step's rows, as the step with this seed sees them, or of its packs."""
+    if isinstance(rows, Packs):
+        assert isinstance(task, TakesPacks), f"{type(task).__name__} takes no packs"
+        return task.collate_packs(data, rows)
+    return task.collate(*data.drawn(rows, seed))
 
 
 def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:
@@ -132,6 +161,15 @@ def pad_tokens(data: EncodedSet, rows: np.ndarray, fill: int) -> Batch:
     for line, row in enumerate(rows):
         ids[line, : lengths[line]] = data.tokens(int(row))
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def pad_column(data: EncodedSet, rows: np.ndarray, name: str, fill: int) -> Tensor:
+    """A per-token column of whole numbers, int64 (rows, longest), filled up on the right."""
+    own = [data.token_column(name, int(row)) for row in rows]
+    padded = np.full((len(rows), max(map(len, own))), fill, dtype=np.int64)
+    for line, values in enumerate(own):
+        padded[line, : len(values)] = values
+    return torch.from_numpy(padded)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

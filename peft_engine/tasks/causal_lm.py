@@ -15,13 +15,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..adapters.fusing import fuses_loss
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
 from ..config import Config, EvaluationConfig
+from ..data.augmenting_text import written_tokens
 from ..data.chat import Rendered, check_stop_token, encode_rendered, render_messages
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example, is_conversation
 from ..data.labels import Labels
+from ..data.packing import Packs, lay_out
 from ..errors import DataError
 from ..generation import exact_match, generate_all, prompt_and_answer
 from .base import Batch, pad_tokens, probe_tokens
+from .heads import output_names
 
 IGNORED = -100
 
@@ -39,7 +42,7 @@ class CausalLM:
     def load(self, device: torch.device) -> Backbone:
         model_config = load_settings(self.config.model)
         model, _ = load_model(self.config, AutoModelForCausalLM, model_config, device, _nothing_new)
-        return Backbone(model, _output_names(model), [], "CAUSAL_LM", digest_weights(model))
+        return Backbone(model, output_names(model), [], "CAUSAL_LM", digest_weights(model))
 
     def fingerprint(self) -> dict[str, Any]:
         data = self.config.data
@@ -70,6 +73,14 @@ class CausalLM:
         ids, supervised, _ = self._tokens(example, where)
         limit = self.config.data.max_length
         return ids[:limit], [False, *supervised[1:limit]][: len(ids)]
+
+    def is_templated(self, example: Example) -> bool:
+        return is_conversation(example)
+
+    def written(self, example: Example, where: str) -> list[bool]:
+        turns = example["messages"] if "messages" in example else [*example["prompt"], *example["completion"]]
+        texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
+        return written_tokens(self.tokenizer, self._render(example, where).text, texts)
 
     def _tokens(self, example: Example, where: str) -> tuple[list[int], list[bool], list[int]]:
         """A whole row: input_ids, supervised, text bytes, each (length,)."""
@@ -120,9 +131,20 @@ class CausalLM:
             text_bytes += int(data.token_column("text_bytes", int(row)).sum())
         return batch | {"labels": torch.from_numpy(labels), "text_bytes": torch.tensor(text_bytes)}
 
+    def collate_packs(self, data: EncodedSet, rows: Packs) -> Batch:
+        """`input_ids`, `position_ids` and `labels`, int64 (packs, longest pack); no attention_mask, so that
+        transformers tells the samples apart by their positions. A sample's first token is never a target (trap 8)."""
+        packs = [[data.tokens(int(row)) for row in pack] for pack in rows.packs]
+        found = lay_out(packs, padding_id(self.tokenizer))
+        labels = np.full(found["input_ids"].shape, IGNORED, dtype=np.int64)
+        for line, pack in enumerate(rows.packs):
+            taught = np.concatenate([_after_first(data.token_column("supervised", int(row))) for row in pack])
+            labels[line, : len(taught)][taught] = found["input_ids"][line, : len(taught)][taught]
+        return {name: torch.from_numpy(array) for name, array in (found | {"labels": labels}).items()}
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, length, vocabulary) in the model's compute dtype."""
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return model(**_given(batch), use_cache=False).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         shifted = logits[:, :-1].float().flatten(0, 1)
@@ -131,8 +153,7 @@ class CausalLM:
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if not fuses_loss(model):
             return self.loss(self.forward(model, batch), batch)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-        return model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        return model(**_given(batch), labels=batch["labels"], use_cache=False, num_items_in_batch=1).loss
 
     def meter(self) -> "LanguageMeter":
         return LanguageMeter(self)
@@ -191,14 +212,21 @@ class LanguageMeter:
         }
 
 
+def _given(batch: Batch) -> Batch:
+    """What tells a model which tokens see which: a mask, or the positions of packed samples."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+
+
+def _after_first(supervised: np.ndarray) -> np.ndarray:
+    """Supervision of one sample without its first token, whose predecessor in a pack is another sample's last."""
+    taught = supervised.astype(bool)
+    taught[:1] = False
+    return taught
+
+
 def _turns(asked: str) -> Literal["assistant", "last", "all"]:
     return "last" if asked == "last" else "all" if asked == "all" else "assistant"
 
 
 def _nothing_new(model: PreTrainedModel, name: str) -> bool:
     return False
-
-
-def _output_names(model: PreTrainedModel) -> list[str]:
-    output = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is output]

@@ -1,4 +1,4 @@
-"""Text classification: one class, several classes, or a number per text.
+"""Text classification: one class, several classes, or a number per text or pair of texts.
 
 The head is the model's own (pooler and classifier), or the mean of the last hidden states over real tokens followed by
 dropout and one linear layer (`model.pooling`).
@@ -6,7 +6,7 @@ dropout and one linear layer (`model.pooling`).
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
-from ..config import Config, EvaluationConfig
+from ..config import Config, EvaluationConfig, ModelConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
-from .base import Batch, pad_tokens, probe_tokens
+from ..errors import ConfigError, DataError
+from .base import Batch, pad_column, pad_tokens, probe_tokens
 from .class_metrics import ClassMeter, predictions
+from .heads import load_with_head, name_classes
+from .weighting import LABEL, WEIGHT, add_weights, weighted_cross_entropy
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD = "classifier"  # name of the mean-pooled head's linear layer
@@ -44,37 +47,13 @@ class TextClassification:
     def load(self, device: torch.device) -> Backbone:
         model_config = load_settings(self.config.model)
         names = self.labels.names or ["value"]
-        model_config.num_labels = len(names)
-        model_config.id2label = dict(enumerate(names))
-        model_config.label2id = {name: i for i, name in enumerate(names)}
+        name_classes(model_config, names)
         model_config.problem_type = PROBLEM[self.labels.kind]
         model_config.pad_token_id = padding_id(self.tokenizer)
         model_config.use_cache = False
-        if self._pooling() == "mean":
-            model, _ = load_model(self.config, AutoModel, model_config, device, _is_pooler)
-            digest = digest_weights(model)
-            add_mean_pooled_head(model, len(names))
-            return Backbone(model, [HEAD], [HEAD], None, digest)
-        model, new = load_model(self.config, AutoModelForSequenceClassification, model_config, device, _is_head)
-        heads = [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and any(True for _ in child.parameters())
-        ]
-        fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
-        return Backbone(model, heads, fresh, "SEQ_CLS", digest_weights(model.base_model))
-
-    def _pooling(self) -> str:
-        asked = self.config.model.pooling
-        if asked != "auto":
-            return asked
-        stated = Path(self.config.model.path) / "1_Pooling" / "config.json"
-        if stated.is_file():
-            return "mean" if json.loads(stated.read_text()).get("pooling_mode_mean_tokens") else "model"
-        settings = load_settings(self.config.model)
-        has_masked_lm_head = any(name.endswith("ForMaskedLM") for name in settings.architectures or [])
-        # masked-LM checkpoints carry no trained pooler; where the model has none either, its own head needs none
-        return "mean" if has_masked_lm_head and _uses_pooler(settings) else "model"
+        if pooling_of(self.config.model) == "mean":
+            return load_mean_pooled(self.config, model_config, device, len(names))
+        return load_with_head(self.config, AutoModelForSequenceClassification, model_config, device, "SEQ_CLS")
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -85,17 +64,17 @@ class TextClassification:
         }
 
     def mask(self, example: Example, where: str) -> tuple[list[int], list[bool]]:
-        ids = self.tokenizer(example["text"], truncation=True, max_length=self.config.data.max_length)["input_ids"]
+        ids = tokenise(self.tokenizer, _texts(example), self.config.data.max_length)[0]["input_ids"]
         return ids, [False] * len(ids)
 
     def encode(self, example: Example, where: str) -> list[EncodedRow] | str:
-        limit = self.config.data.max_length
-        whole = self.tokenizer(example["text"], verbose=False)
-        cut = (
-            self.tokenizer(example["text"], truncation=True, max_length=limit)
-            if len(whole["input_ids"]) > limit
-            else whole
-        )
+        if self.labels.pair != ("text_pair" in example):
+            learned, got = ("pairs", "one text") if self.labels.pair else ("single texts", "a pair")
+            raise DataError(
+                f"{where}: this run learned {learned}, the row has {got}.",
+                "Name the columns: data.columns.text=COLUMN, for a pair data.columns.text_pair=COLUMN too.",
+            )
+        cut, is_cut = tokenise(self.tokenizer, _texts(example), self.config.data.max_length)
         if not cut["input_ids"]:
             return "the tokenizer gives no token for it"
         columns: dict[str, Any] = {}
@@ -103,24 +82,21 @@ class TextClassification:
             columns["token_type_ids"] = cut["token_type_ids"]
         if "label" in example:
             columns["label"] = self.labels.encode(example["label"], where)
-        return [EncodedRow(cut["input_ids"], 1, columns, len(cut["input_ids"]) < len(whole["input_ids"]))]
+        return [EncodedRow(cut["input_ids"], 1, columns, is_cut)]
 
     def collate(self, data: EncodedSet, rows: np.ndarray) -> Batch:
         batch = pad_tokens(data, rows, padding_id(self.tokenizer))
         if "token_type_ids" in data.columns:
-            types = np.zeros(batch["input_ids"].shape, dtype=np.int64)
-            for line, row in enumerate(rows):
-                own = data.token_column("token_type_ids", int(row))
-                types[line, : len(own)] = own
-            batch["token_type_ids"] = torch.from_numpy(types)
+            batch["token_type_ids"] = pad_column(data, rows, "token_type_ids", 0)
         if "label" in data.columns:
             dtype = torch.int64 if self.labels.kind == "single" else torch.float32
             batch["label"] = torch.from_numpy(data.columns["label"][rows]).to(dtype)
+            add_weights(batch, data, rows)
         return batch
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, classes), or (rows, 1) for regression."""
-        return model(**{name: tensor for name, tensor in batch.items() if name != "label"}).logits
+        return model(**{name: tensor for name, tensor in batch.items() if name not in (LABEL, WEIGHT)}).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Sum over rows: cross-entropy; mean over classes of binary cross-entropy; squared error."""
@@ -132,7 +108,10 @@ class TextClassification:
         return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.loss(self.forward(model, batch), batch)
+        logits = self.forward(model, batch)
+        if WEIGHT in batch:
+            return weighted_cross_entropy(logits, batch[LABEL], batch[WEIGHT])
+        return self.loss(logits, batch)
 
     def meter(self) -> ClassMeter:
         return ClassMeter(self)
@@ -154,10 +133,8 @@ class TextClassification:
     def plain(self, path: str, **settings: Any) -> Any:
         outputs = max(1, len(self.labels.names))
         model: Any
-        if self._pooling() == "mean":
-            model = AutoModel.from_pretrained(path, **settings)
-            model.classifier = nn.Linear(model.config.hidden_size, outputs, dtype=model.dtype)
-            _load_head(model.classifier, path)
+        if pooling_of(self.config.model) == "mean":
+            model = plain_mean_pooled(path, outputs, **settings)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
                 path, num_labels=outputs, ignore_mismatched_sizes=True, **settings
@@ -166,15 +143,33 @@ class TextClassification:
         return model
 
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self._pooling() != "mean":
+        if pooling_of(self.config.model) != "mean":
             return self.forward(model, batch)
-        encoder: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        logits: Tensor = encoder.classifier(mean_pooled(model(**batch).last_hidden_state, batch["attention_mask"]))
-        return logits
+        return plain_mean_logits(model, batch)
 
     def as_plain(self, model: nn.Module) -> None:
-        if isinstance(model, MeanPooled):
-            model.__class__ = type(model).__mro__[2]  # the transformers class under the head
+        without_mean_pooling(model)
+
+
+def tokenise(tokenizer: Any, texts: list[str], limit: int) -> tuple[Any, bool]:
+    """The encoding of one text or two, with what the tokenizer puts around and between them; and whether it was cut.
+
+    A pair is cut where it is longest, token by token.
+    """
+    whole = tokenizer(*texts, verbose=False)
+    if len(whole["input_ids"]) <= limit:
+        return whole, False
+    cut = tokenizer(*texts, truncation="longest_first", max_length=limit)
+    if len(cut["input_ids"]) > limit:  # then tokenizers cut nothing, and say nothing
+        raise ConfigError(
+            f"data.max_length = {limit} has no room for the tokens that this tokenizer puts around its texts.",
+            "Raise it.",
+        )
+    return cut, True
+
+
+def _texts(example: Example) -> list[str]:
+    return [example["text"], example["text_pair"]] if "text_pair" in example else [example["text"]]
 
 
 class MeanPooled:
@@ -223,12 +218,50 @@ def add_mean_pooled_head(model: PreTrainedModel, outputs: int) -> None:
     model.__class__ = type(f"MeanPooled{cls.__name__}", (MeanPooled, cls), {})
 
 
+def pooling_of(settings: ModelConfig) -> Literal["model", "mean"]:
+    """`model.pooling` with `auto` decided."""
+    if settings.pooling != "auto":
+        return settings.pooling
+    stated = Path(settings.path) / "1_Pooling" / "config.json"
+    if stated.is_file():
+        return "mean" if json.loads(stated.read_text()).get("pooling_mode_mean_tokens") else "model"
+    model_config = load_settings(settings)
+    has_masked_lm_head = any(name.endswith("ForMaskedLM") for name in model_config.architectures or [])
+    # masked-LM checkpoints carry no trained pooler; where the model has none either, its own head needs none
+    return "mean" if has_masked_lm_head and _uses_pooler(model_config) else "model"
+
+
+def load_mean_pooled(config: Config, model_config: Any, device: torch.device, outputs: int) -> Backbone:
+    """The backbone under a new mean-pooled head."""
+    model, _ = load_model(config, AutoModel, model_config, device, _is_pooler)
+    digest = digest_weights(model)
+    add_mean_pooled_head(model, outputs)
+    return Backbone(model, [HEAD], [HEAD], None, digest)
+
+
+def plain_mean_pooled(path: str, outputs: int, **settings: Any) -> Any:
+    """A plain model with a linear `classifier` beside it, filled from the folder where that holds one."""
+    model: Any = AutoModel.from_pretrained(path, **settings)
+    model.classifier = nn.Linear(model.config.hidden_size, outputs, dtype=model.dtype)
+    _load_head(model.classifier, path)
+    return model
+
+
+def plain_mean_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of what `plain_mean_pooled` gave, perhaps inside a PeftModel."""
+    encoder: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    logits: Tensor = encoder.classifier(mean_pooled(model(**batch).last_hidden_state, batch["attention_mask"]))
+    return logits
+
+
+def without_mean_pooling(model: nn.Module) -> None:
+    """Give a mean-pooled model back transformers' class, in place; others are left alone."""
+    if isinstance(model, MeanPooled):
+        model.__class__ = type(model).__mro__[2]
+
+
 def _is_pooler(model: PreTrainedModel, name: str) -> bool:
     return name.startswith("pooler.")  # not used, dropped
-
-
-def _is_head(model: PreTrainedModel, name: str) -> bool:
-    return not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _uses_pooler(settings: Any) -> bool:

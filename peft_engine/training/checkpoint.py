@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..adapters.files import refuse_difference
 from ..errors import ConfigError, StorageError
+from .ema import Average
 from .state import Trainee
 
 MANIFEST = "MANIFEST.json"
@@ -36,24 +37,31 @@ def save_checkpoint(folder: Path, step: int, trainees: list[Trainee], run_state:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     digests: dict[str, dict[str, str]] = {}
+    averages: dict[str, dict[str, str]] = {}
     state: dict[str, Any] = {"run": run_state, "members": {}}
     for trainee in trainees:
         name = trainee.member.spec.name
         tensors = {key: t.detach().cpu().contiguous() for key, t in trainee.member.tensors.items()}
         digests[name] = {key: digest_tensor(t) for key, t in tensors.items()}
         save_file(tensors, part / f"{name}.adapter.safetensors")
+        if trainee.average is not None:
+            averages[name] = _save_average(trainee.average, part / f"{name}.average.safetensors")
         if trainee.best_tensors:
             save_file(trainee.best_tensors, part / f"{name}.best.safetensors")
+        if trainee.member.allocation:
+            save_file(trainee.member.allocation.to_tensors(), part / f"{name}.allocation.safetensors")
         flat, scalars = _flatten_optimizer(trainee.optimizer)
         save_file(flat, part / f"{name}.optimizer.safetensors")
         state["members"][name] = {
             "trainee": trainee.to_json(),
             "optimizer": scalars,
             "initial": _digest_all(trainee.member.initial),
+            "kept": _digest_all(trainee.member.kept),
         }
     (part / STATE).write_text(json.dumps(state))
     files = {path.name: digest_file(path) for path in sorted(part.iterdir())}
-    (part / MANIFEST).write_text(json.dumps({"step": step, "files": files, "tensors": digests}, indent=1))
+    manifest = {"step": step, "files": files, "tensors": digests, "averages": averages}
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*part.iterdir(), part):
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
@@ -100,23 +108,22 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
     for trainee in trainees:
         name = trainee.member.spec.name
         saved = state["members"][name]
-        tensors = load_file(checkpoint / f"{name}.adapter.safetensors")
-        refuse_difference(trainee.member.tensors, tensors, str(checkpoint))
-        with torch.no_grad():
-            for key, parameter in trainee.member.tensors.items():
-                parameter.copy_(tensors[key])
-        live = _digest_all(trainee.member.tensors)
-        wrong = [key for key in live if live[key] != manifest["tensors"][name].get(key)]
-        if wrong:
-            raise StorageError(
-                f"{checkpoint}: {len(wrong)} tensors were not restored as saved, {wrong[0]} first.",
-                "Resume from an older checkpoint.",
+        _restore(trainee.member.tensors, checkpoint / f"{name}.adapter.safetensors", manifest["tensors"][name])
+        if trainee.average is not None:
+            expected = manifest.get("averages", {}).get(name, {})
+            _restore(trainee.average.tensors, checkpoint / f"{name}.average.safetensors", expected)
+        if saved.get("kept", {}) != _digest_all(trainee.member.kept):
+            raise ConfigError(
+                f"{checkpoint}: the tensors that do not train are not those the run began with.",
+                "Resume on the same machine and versions, with the same adapter.start_from.",
             )
         if saved["initial"] != _digest_all(trainee.member.initial):
             raise ConfigError(
                 f"{checkpoint}: this machine starts adapter.init from other values than the run did.",
                 "Resume on the same machine and versions.",
             )
+        if trainee.member.allocation:
+            trainee.member.allocation.restore(load_file(checkpoint / f"{name}.allocation.safetensors"))
         optimizer = _read_optimizer(checkpoint / f"{name}.optimizer.safetensors", saved["optimizer"])
         trainee.optimizer.load_state_dict(optimizer)
         trainee.restore(saved["trainee"])
@@ -124,6 +131,28 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
         trainee.best_tensors = load_file(best) if best.name in manifest["files"] else {}
     run_state: dict[str, Any] = state["run"]
     return run_state
+
+
+def _save_average(average: Average, path: Path) -> dict[str, str]:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in average.tensors.items()}
+    save_file(tensors, path)
+    return _digest_all(tensors)
+
+
+def _restore(live: Mapping[str, Tensor], path: Path, expected: dict[str, str]) -> None:
+    """Copy a file's tensors into the live ones, and compare those with the manifest (trap 11)."""
+    tensors = load_file(path)
+    refuse_difference(dict(live), tensors, str(path.parent))
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(tensors[key])
+    found = _digest_all(live)
+    wrong = [key for key in found if found[key] != expected.get(key)]
+    if wrong:
+        raise StorageError(
+            f"{path.parent}: {len(wrong)} tensors were not restored as saved, {wrong[0]} first.",
+            "Resume from an older checkpoint.",
+        )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import processes
 from ..adapters.group import Member
 from ..data.encoding import EncodedSet
 from ..errors import ConfigError, Interrupted
@@ -21,12 +23,14 @@ from ..runtime import Runtime
 from ..tasks.base import Task, to_device
 
 
-def check_gradients(member: Member) -> None:
+def check_gradients(member: Member, reached: Tensor | None = None) -> None:
     """After the first backward every trainable tensor has a gradient (trap 6).
 
-    Its value may be zero: LoRA's A has an exactly zero gradient while B is zero.
+    Its value may be zero: LoRA's A has an exactly zero gradient while B is zero. With several processes `reached` says
+    in how many of them each tensor, (tensors,), got one.
     """
-    dead = [name for name, tensor in member.tensors.items() if tensor.grad is None]
+    got = [t.grad is not None for t in member.tensors.values()] if reached is None else (reached > 0).tolist()
+    dead = [name for name, there in zip(member.tensors, got, strict=True) if not there]
     if dead:
         raise ConfigError(
             f"{len(dead)} of {len(member.tensors)} trainable tensors got no gradient, so they would never learn: "
@@ -48,12 +52,18 @@ def check_moving(member: Member, starts_at_zero: bool) -> None:
         )
 
 
-def rows_not_finite(model: nn.Module, task: Task, data: EncodedSet, rows: np.ndarray, runtime: Runtime) -> list[int]:
-    """Those of `rows` whose own loss is not finite, found one by one without gradients."""
+def rows_not_finite(
+    model: nn.Module, task: Task, data: EncodedSet, rows: np.ndarray, runtime: Runtime, seed: int
+) -> list[int]:
+    """Those of `rows` whose own loss is not finite, found one by one without gradients.
+
+    Args:
+        seed: of the member and step, for the same augmentation.
+    """
     found = []
     with torch.no_grad():
         for row in rows:
-            batch = to_device(task.collate(data, np.array([row])), runtime.device)
+            batch = to_device(task.collate(*data.drawn(np.array([row]), seed)), runtime.device)
             with runtime.accelerator.autocast():
                 logits = task.forward(model, batch)
             if not torch.isfinite(task.loss(logits, batch)):
@@ -79,12 +89,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Signals:
     """SIGINT and SIGTERM as a request: the loop asks `wanted` between steps, writes a checkpoint and stops.
 
-    A second signal stops at once. Outside `deferred` a signal raises `Interrupted` where it hits.
+    A second signal stops at once; in one of several processes only after a second, since a launcher passes on what the
+    scheduler has sent to all. Outside `deferred` a signal raises `Interrupted` where it hits.
     """
 
     def __init__(self) -> None:
         self.wanted: str | None = None
         self._deferred = False
+        self._since = 0.0
 
     @contextmanager
     def handled(self) -> Iterator["Signals"]:
@@ -110,6 +122,8 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self._deferred and self.wanted and processes.world() > 1 and time.monotonic() < self._since + 1.0:
+            return
         if not self._deferred or self.wanted:
             if _in_finalizer(frame):
                 threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # Python drops what is raised in there
@@ -118,7 +132,7 @@ class Signals:
                 f"{name}: stopped.",
                 "Run it again with --resume (and without --overwrite): it goes on from the last checkpoint, if any.",
             )
-        self.wanted = name
+        self.wanted, self._since = name, time.monotonic()
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 
 from ..adapters.group import Group, Member
+from ..adapters.sharding import own_part
 from ..config import Config
 from ..data.encoding import EncodedSet
-from ..errors import BudgetReached, Diverged, Interrupted, OutOfMemory
-from ..meters.cost import cost_usd
+from ..errors import Diverged, OutOfMemory
 from ..meters.memory import LiveBytes
 from ..runtime import Runtime, combine, seed_everything
 from ..tasks.base import Task
+from .ema import averaged
 from .guards import Signals, check_gradients, check_moving, describe_rows, is_out_of_memory, rows_not_finite
 from .optim import make_schedule, set_learning_rate
 from .state import Trainee
-from .step import Gradients, clip, cut, gradients
+from .step import Gradients, clip, gradients
+from .stopping import agree_on_micro_batches, stop_reason
 
 SKIPS_IN_A_ROW = 50  # fp16 scaler: so many steps without a finite gradient are a divergence
 
@@ -69,10 +71,11 @@ class Loop:
             Diverged, OutOfMemory, BudgetReached, Interrupted: each after a complete checkpoint, where a step was done.
         """
         settings = self.config.training
+        self.group.begin(self.total_steps)
         per_epoch = self.trainees[0].plan.steps_per_epoch
         evaluate_every, save_every = settings.eval_every or per_epoch, settings.save_every or per_epoch
         schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
-        self.group.model.train()
+        self.group.train()
         for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
             if all(t.stopped for t in self.trainees):  # resumed after early stopping had ended it
                 break
@@ -90,7 +93,7 @@ class Loop:
                 raise reason
             if last:
                 break
-        self._restore_best()
+        self._final_weights()
 
     def _advance(self, trainee: Trainee, step: int, factor: float) -> None:
         """One optimizer step of one member."""
@@ -99,20 +102,23 @@ class Loop:
         tensors = list(trainee.member.tensors.values())
         self.group.activate(trainee.member)
         heavy = self.runtime.device.type == "cpu" and step == trainee.plan.heaviest_step(self.total_steps)
-        meter = LiveBytes(self._resident(trainee)) if heavy else None
+        meter = LiveBytes(self._resident(trainee), self.runtime.sharded) if heavy else None
         with meter or nullcontext():
             found = self._gradients(trainee, step)
             loss, norm = float(found.loss), float(found.norm)
             self._refuse_not_finite(trainee, step, loss, norm)
             if trainee.step == 0:
-                check_gradients(trainee.member)
+                check_gradients(trainee.member, found.reached)
             clip(tensors, found.norm, settings.max_grad_norm)
             set_learning_rate(trainee.optimizer, factor)
             self._update(trainee)
+            self.group.after_step(trainee.member, step)
         trainee.optimizer.zero_grad(set_to_none=True)
         trainee.step = step
         updated = factor > 0 and math.isfinite(norm)  # the fp16 scaler skips a step whose gradient overflowed
         trainee.updates += updated
+        if updated and trainee.average is not None:
+            trainee.average.update(trainee.member, trainee.updates)
         if updated and trainee.updates == 2:
             check_moving(trainee.member, self.config.adapter.init == "default")
         if meter:
@@ -122,27 +128,43 @@ class Loop:
     def _gradients(self, trainee: Trainee, step: int) -> Gradients:
         """Gradients of a step; halves the micro-batch on out-of-memory and begins the same step again (trap 24)."""
         rows = trainee.plan.rows(step)
-        units = int(self.data.units[rows].sum())
-        own = rows[self.runtime.rank :: self.runtime.world]
+        rows, plan = trainee.plan.rows(step), trainee.plan
+        units = self.data.units[rows].sum().item()
+        rank, world = self.runtime.rank, self.runtime.world
         tensors = list(trainee.member.tensors.values())
         while True:
             seed_everything(trainee.member.spec.seed, 3, step, self.runtime.rank)
             seed = combine(trainee.member.spec.seed, 4, step)
             size = trainee.micro_batch_size
+            pieces = plan.micro_batches(step, size, rank, world)
+            # a sharded backbone runs in all processes at once: who has fewer pieces passes rows without weight
+            most = max(len(plan.micro_batches(step, size, other, world)) for other in range(world))
+            idle = [rows[:1]] * (most - len(pieces)) if self.runtime.sharded else []
             try:
-                found = gradients(self.group, self.task, self.data, cut(own, size), units, tensors, self.runtime, seed)
-                return self._unscaled(trainee, found)
+                found = self._unscaled(
+                    trainee,
+                    gradients(self.group, self.task, self.data, pieces, units, tensors, self.runtime, seed, idle),
+                )
+                break
             except (RuntimeError, MemoryError, OSError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1 or self.config.training.micro_batch_size != "auto":
+                smaller = plan.smaller(step, size, rank, world)
+                # sharded: none can try again alone
+                if smaller is None or self.config.training.micro_batch_size != "auto" or self.runtime.sharded:
                     raise self._out_of_memory(size, error) from error
             trainee.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            trainee.micro_batch_size = math.ceil(min(size, len(own)) / 2)
-            self.hooks.log({"step": step, "event": "out_of_memory", "micro_batch_size": trainee.micro_batch_size})
+            trainee.micro_batch_size = smaller
+            self._log_smaller(trainee, step)
+        if self.config.training.micro_batch_size == "auto" and agree_on_micro_batches(trainee):
+            self._log_smaller(trainee, step)
+        return found
+
+    def _log_smaller(self, trainee: Trainee, step: int) -> None:
+        self.hooks.log({"step": step, "event": "out_of_memory", "micro_batch_size": trainee.micro_batch_size})
 
     def _unscaled(self, trainee: Trainee, found: Gradients) -> Gradients:
         """fp16: take the loss scale out of the gradients before anything looks at their norm."""
@@ -167,11 +189,12 @@ class Loop:
             raise
 
     def _out_of_memory(self, size: int, error: BaseException) -> OutOfMemory:
-        longest = int(self.data.lengths.max())
+        packing = self.trainees[0].plan.packing
+        packed = f", in packs of up to {packing.tokens} tokens," if packing else ""
+        first = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
         return OutOfMemory(
-            f"Memory ran out with {size} sequence(s) of up to {longest} tokens at once: {str(error).splitlines()[0]}",
-            "Lower training.micro_batch_size or data.max_length, set training.gradient_checkpointing: true, "
-            "or adapt less.",
+            f"Memory ran out with {size} {self.data.largest}{packed} at once: {str(error).splitlines()[0]}",
+            f"Lower {first} or {self.data.length_setting}, set training.gradient_checkpointing: true, or adapt less.",
         )
 
     def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
@@ -182,7 +205,8 @@ class Loop:
             if trainee.skipped < SKIPS_IN_A_ROW:
                 return
         trainee.optimizer.zero_grad(set_to_none=True)
-        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime)
+        seed = combine(trainee.member.spec.seed, 4, step)
+        bad = rows_not_finite(self.group.model, self.task, self.data, trainee.plan.rows(step), self.runtime, seed)
         rows = describe_rows(self.data, self.where, bad or [int(r) for r in trainee.plan.rows(step)])
         self.hooks.fail(
             {"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
@@ -203,7 +227,7 @@ class Loop:
     def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
         """Add a step to the meters, and write a row every `log_every` steps."""
         rows = trainee.plan.rows(step)
-        tokens, units = int(self.data.lengths[rows].sum()), int(self.data.units[rows].sum())
+        tokens, units = int(self.data.lengths[rows].sum()), self.data.units[rows].sum().item()
         trainee.total_tokens += tokens
         trainee.train_seconds += seconds
         if not measured and step > 1:
@@ -215,7 +239,7 @@ class Loop:
         row = {
             "step": step,
             "epoch": step / trainee.plan.steps_per_epoch,
-            "loss": window["loss"] / max(1, window["units"]),
+            "loss": window["loss"] / (window["units"] or 1),
             "learning_rate": trainee.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens_per_second": window["tokens"] / window["seconds"],
@@ -229,10 +253,11 @@ class Loop:
         for trainee in self.trainees:
             if trainee.stopped or self.hooks.evaluate is None:
                 continue
-            metrics = self.hooks.evaluate(trainee.member)
-            trainee.evaluations.append({"step": step, **metrics})
-            self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
-            self._judge(trainee, step, float(metrics[self.task.primary]))
+            with averaged(trainee.member, trainee.average):
+                metrics = self.hooks.evaluate(trainee.member)
+                trainee.evaluations.append({"step": step, **metrics})
+                self.hooks.log(self._named(trainee, {"step": step, "eval": metrics}))
+                self._judge(trainee, step, float(metrics[self.task.primary]))
 
     def _judge(self, trainee: Trainee, step: int, value: float) -> None:
         """Early stopping and the best weights so far."""
@@ -248,14 +273,16 @@ class Loop:
             trainee.waited += 1
         trainee.stopped = bool(stopping and trainee.waited >= stopping.patience)
 
-    def _restore_best(self) -> None:
+    def _final_weights(self) -> None:
+        """The best evaluation's weights, the average, or the last."""
         for trainee in self.trainees:
+            average = trainee.average.tensors if trainee.average is not None else {}
             with torch.no_grad():
-                for name, tensor in trainee.best_tensors.items():
+                for name, tensor in (trainee.best_tensors or average).items():
                     trainee.member.tensors[name].copy_(tensor)
 
     def _resident(self, trainee: Trainee) -> list[torch.Tensor]:
-        """Tensors that live from step to step: all weights and buffers, every member's optimizer state."""
+        """Tensors that live from step to step: all weights and buffers, every member's optimizer state and average."""
         states = [
             v
             for t in self.trainees
@@ -263,25 +290,9 @@ class Loop:
             for v in s.values()
             if isinstance(v, torch.Tensor)
         ]
-        return [*self.group.model.parameters(), *self.group.model.buffers(), *states]
+        weights = [own_part(tensor) for tensor in (*self.group.model.parameters(), *self.group.model.buffers())]
+        averages = [v for t in self.trainees if t.average is not None for v in t.average.tensors.values()]
+        return [*weights, *states, *averages]
 
     def _named(self, trainee: Trainee, row: dict[str, Any]) -> dict[str, Any]:
         return row if len(self.trainees) == 1 else {"member": trainee.member.spec.name, **row}
-
-
-def stop_reason(config: Config, signals: Signals, seconds: float) -> Interrupted | BudgetReached | None:
-    """Why to stop after this step: a signal, or a budget that `seconds` of wall time have used up."""
-    if signals.wanted:
-        return Interrupted(
-            f"{signals.wanted}: stopped after a complete checkpoint.",
-            "Run it again with --resume (and without --overwrite).",
-        )
-    budget = config.budget
-    spent = cost_usd(seconds, budget.usd_per_hour)
-    if budget.max_hours is not None and seconds >= budget.max_hours * 3600:
-        return BudgetReached(f"budget.max_hours: {budget.max_hours} h are used up.", "Raise it and run with --resume.")
-    if budget.max_usd is not None and spent is not None and spent >= budget.max_usd:
-        return BudgetReached(
-            f"budget.max_usd: {spent:.4f} of {budget.max_usd} USD are spent.", "Raise it and run with --resume."
-        )
-    return None

@@ -61,6 +61,10 @@ class ProgressView:
             left = f"  {(now - self._started) / done * (total - step):.0f} s left" if done else ""
             self.console.print(f"step {step}/{total}  {figures}{left}", highlight=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """What must be known even with `--quiet`."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def say(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -7,6 +7,7 @@ import torch
 
 from ..adapters.group import Member
 from ..data.batching import BatchPlan
+from .ema import Average
 
 
 @dataclass
@@ -16,6 +17,7 @@ class Trainee:
     Attributes:
         step: optimizer steps done.
         micro_batch_size: sequences at once on this process; falls on out-of-memory.
+        average: of the weights, where it is to be used instead of them.
         window: sums since the last logged row: loss, units, tokens, seconds.
         step_seconds: wall seconds of each step that was not measured for memory, not the first.
         best: value, step and weights (where they are to be restored) of the best evaluation.
@@ -27,6 +29,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     plan: BatchPlan
     micro_batch_size: int
+    average: Average | None = None
     step: int = 0
     window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "units": 0, "tokens": 0, "seconds": 0.0})
     step_seconds: list[float] = field(default_factory=list)
