@@ -339,12 +339,16 @@ def _classes(split: Split, i: int, labels: Labels | None) -> list[str]:
 
 def _labels_of_training(train: Split, held: dict[str, Split], found: Labels, config: Config) -> Labels:
     """Labels of the training split alone, having checked that the other splits hold no others."""
-    kind = found.kind if found.kind in ("single", "multi", "regression") else "auto"
-    labels = find_labels(train.examples, train.where.__getitem__, kind, config.data.labels)
+    labels = find_labels(train.examples, train.where.__getitem__, label_type_of(found), config.data.labels)
     for split in held.values():
         for example, where in zip(split.examples, split.where, strict=True):
             labels.classes(label_of(example), where)
     return labels
+
+
+def label_type_of(labels: Labels) -> str:
+    """The setting `data.label_type` that finds labels of this type again."""
+    return labels.kind if labels.kind in ("single", "multi", "regression") else "auto"
 
 
 def limited(parts: dict[str, Split], labels: Labels | None, config: Config, report: SplitReport) -> dict[str, Split]:

@@ -22,10 +22,22 @@ import numpy as np
 from ..config import Config
 from ..config_checks import LABELLED
 from ..errors import DataError
+from .cleaning import Dropped, counted
 from .encoding import cache_folder
 from .flatfiles import storage_faults
 from .labels import Labels, find_labels
-from .splitting import HELD_OUT, SHOWN, Split, SplitReport, Splits, check_classes, digest_of, given_splits, limited
+from .splitting import (
+    HELD_OUT,
+    SHOWN,
+    Split,
+    SplitReport,
+    Splits,
+    check_classes,
+    digest_of,
+    given_splits,
+    label_type_of,
+    limited,
+)
 from .spooling import HASHES, Places, Spool, StoredExamples, hashes_of, spool
 
 DRAWN_BY_HASH = "streamed: drawn by a hash of the input, not in proportion to the classes"
@@ -86,12 +98,12 @@ def stream_splits(config: Config) -> Splits:
     labels = _labels(config, stored, own, np.arange(stored.rows), config.data.label_type)
     if labels is not None:
         report.contradictory = _contradictory([own, *theirs.values()])
-    left = _without_leaked(config, stored, own, given, theirs, report)
+    left, dropped = _without_leaked(config, stored, own, given, theirs, report)
     left, made = _make_splits(config, stored, own, left, given, labels, report)
-    if labels is not None and (labels := _labels(config, stored, own, left, labels.kind)) is not None:
+    if labels is not None and (labels := _labels(config, stored, own, left, label_type_of(labels))) is not None:
         for split in given.values():
             for example, where in zip(split.examples, split.where, strict=True):
-                labels.encode(example["label"], where)
+                labels.classes(example["label"], where)
     rows = {name: _drawn(config, name, chosen, report) for name, chosen in {"train": left, **made}.items()}
     given = limited(given, labels, config, report)
     parts: dict[str, Split] = {
@@ -104,7 +116,8 @@ def stream_splits(config: Config) -> Splits:
     near = config.data.near_duplicates
     _describe(parts, {n: own.take(rows[n]) if n in rows else Hashes.of(p) for n, p in parts.items()}, near, report)
     held = {name: parts.get(name) for name in HELD_OUT}
-    return Splits(parts["train"], held["eval"], held["test"], stored.layout, labels, report, digest_of(parts))
+    digest = digest_of(parts)
+    return Splits(parts["train"], held["eval"], held["test"], stored.layout, labels, report, digest, dropped)
 
 
 def _labels(config: Config, stored: Spool, own: Hashes, chosen: np.ndarray, label_type: str) -> Labels | None:
@@ -144,12 +157,15 @@ def _contradictory(parts: list[Hashes]) -> int:
 
 def _without_leaked(
     config: Config, stored: Spool, own: Hashes, given: dict[str, Split], theirs: dict[str, Hashes], report: SplitReport
-) -> np.ndarray:
-    """Rows whose input stands in no given split; what is removed is counted in the report."""
+) -> tuple[np.ndarray, list[Dropped]]:
+    """Rows whose input stands in no given split, and those that are removed; these are counted in the report."""
     hits = {name: np.isin(own.inputs, hashes.inputs) for name, hashes in theirs.items()}
     report.leaked = {name: int(hit.sum()) for name, hit in hits.items() if hit.any()}
     leaked = np.logical_or.reduce([np.zeros(stored.rows, bool), *hits.values()])
-    report.leaked_where = _pairs(stored.places(np.arange(stored.rows)), own.inputs, hits, given, theirs, "inputs")
+    pairs = _pairs(stored.places(np.arange(stored.rows)), own.inputs, hits, given, theirs, "inputs")
+    report.leaked_where = [f"{row} = {other}" for row, other in pairs[:SHOWN]]
+    dropped = [Dropped("train", row, "leaked", f"the input of {other}") for row, other in pairs]
+    report.removed = counted(dropped)
     if leaked.all():
         raise DataError(
             f"All {stored.rows} rows of data.train {config.data.train} stand in data.eval or data.test as well "
@@ -160,18 +176,26 @@ def _without_leaked(
         report.notes.append(
             f"{shared} inputs stand in both data.eval and data.test; choosing on one tells on the other."
         )
-    return np.flatnonzero(~leaked)
+    return np.flatnonzero(~leaked), dropped
 
 
 def _pairs(
-    places: Any, keys: np.ndarray, hits: dict[str, np.ndarray], held: dict[str, Split], theirs: Any, name: str
-) -> list[str]:
-    """The first rows that stand in a held-out split too: "train.csv, line 3 = test.csv, line 9"."""
+    places: Any,
+    keys: np.ndarray,
+    hits: dict[str, np.ndarray],
+    held: dict[str, Split],
+    theirs: Any,
+    name: str,
+    most: int | None = None,
+) -> list[tuple[str, str]]:
+    """The rows that stand in a held-out split too, each with the first such row: "train.csv, line 3", "test.csv, …"."""
     found = []
-    for i in np.flatnonzero(np.logical_or.reduce([np.zeros(len(keys), bool), *hits.values()]))[:SHOWN]:
+    firsts = {part: np.unique(getattr(theirs[part], name), return_index=True) for part in hits}
+    for i in np.flatnonzero(np.logical_or.reduce([np.zeros(len(keys), bool), *hits.values()]))[:most]:
         part = next(part for part, hit in hits.items() if hit[i])
-        other = int(np.flatnonzero(getattr(theirs[part], name) == keys[i])[0])
-        found.append(f"{places[int(i)]} = {held[part].where[other]}")
+        distinct, first = firsts[part]
+        other = int(first[np.searchsorted(distinct, keys[i])])
+        found.append((places[int(i)], held[part].where[other]))
     return found
 
 
@@ -252,7 +276,8 @@ def _describe(parts: dict[str, Split], hashes: dict[str, Hashes], near: str, rep
     if hits:
         report.notes.append(NEAR_ONLY)
     report.near = {name: int(hit.sum()) for name, hit in hits.items() if hit.any()}
-    report.near_where = _pairs(parts["train"].where, hashes["train"].near, hits, parts, hashes, "near")
+    pairs = _pairs(parts["train"].where, hashes["train"].near, hits, parts, hashes, "near", SHOWN)
+    report.near_where = [f"{row} = {other}" for row, other in pairs]
 
 
 def _store_folder(config: Config) -> tuple[Any, Path]:
