@@ -22,7 +22,8 @@ from .adapters.warm_start import start_from
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
 from .data.batching import BatchPlan
-from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.encoding import EncodedSet, cache_folder
+from .data.loading import encode_split
 from .data.packing import Packing
 from .data.splitting import Splits
 from .errors import ConfigError
@@ -37,18 +38,19 @@ from .training.state import Trainee
 
 
 def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
-    """Every split that there is, tokenised (from the cache where it holds them): by the first process, for all."""
-    return processes.from_first(lambda: _encode_splits(task, splits, config))
+    """Every split that there is, tokenised (from the cache where it holds them): by the first process, for all. What is
+    streamed is not sent: every process opens the store on disk, which the first to lock it builds."""
 
+    def encoded() -> dict[str, EncodedSet]:
+        cache, limit = cache_folder(config.data.cache), config.data.max_dropped
+        given = {name: getattr(splits, name) for name in ("train", "eval", "test")}
+        return {
+            name: encode_split(split, task.encode, task.fingerprint(), limit, cache)
+            for name, split in given.items()
+            if split is not None
+        }
 
-def _encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
-    found: dict[str, EncodedSet] = {}
-    for name in ("train", "eval", "test"):
-        split = getattr(splits, name)
-        if split is not None:
-            found[name] = encode_split(
-                split, task.encode, task.fingerprint(), config.data.max_dropped, cache_folder(config.data.cache)
-            )
+    found = encoded() if config.data.streaming else processes.from_first(encoded)
     found["train"] = for_training(found["train"], splits, task, config)
     return found
 

@@ -243,8 +243,10 @@ class DataConfig(Section):
     """Tokens of a pack at most (a longer sample stands alone); null is `max_length`. A pack's attention costs its
     length squared but with flash attention: for short samples a few times their length is enough."""
     streaming: bool = False
-    """Read `train` from disk as it is needed (jsonl, csv, parquet, arrow), for data larger than memory. Needs
-    `training.steps` or counts the rows first."""
+    """Keep the rows of `train` and their tokens on disk (in `cache`; where that is null in the run directory, until the
+    run ends), for data larger than memory. One file that can be read row by row (jsonl, csv, tsv, txt, parquet, arrow;
+    not json), or a folder of `datasets`' save_to_disk; `eval` and `test` files must fit. Made splits are drawn by a
+    seeded hash of the input."""
     clean: CleanConfig = CleanConfig()
     """What is done with faulty rows."""
     near_duplicates: Literal["off", "report", "drop"] = "report"

@@ -48,7 +48,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.supervise": ("causal-lm",),
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),
-    "data.streaming": TEXT,
+    "data.streaming": ("causal-lm", "text-classification", "seq2seq"),
     "data.image_size": ("image-classification",),
     "data.augment.image": ("image-classification",),
     "data.augment.text": TEXT,
@@ -136,6 +136,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     for check in (
         _empty_text,
         _splits,
+        _streaming,
         _labels,
         _sources,
         _class_weights,
@@ -184,6 +185,30 @@ def _splits(values: Tree) -> Iterator[Fault]:
             if lookup(values, f"training.{name}") not in (None, False):
                 text = "needs an evaluation split, and there is none; give data.eval, or a data.split.eval above 0"
                 yield Fault(("training", name), text)
+
+
+def _streaming(values: Tree) -> Iterator[Fault]:
+    """What needs all rows at once, or is not looked at row by row."""
+    if not lookup(values, "data.streaming"):
+        return
+    if isinstance(lookup(values, "data.train"), list):
+        text = "reads one file, and data.train is a mixture; write its parts into one file, or set it to false"
+        yield Fault(("data", "streaming"), text)
+    if lookup(values, "data.subset") is not None:
+        yield Fault(("data", "subset"), "is for hub data sets, and data.streaming reads files; remove it")
+    for name, value in (lookup(values, "data.clean") or {}).items():
+        if value not in ("refuse", "keep"):
+            text = f"got {value}, which data.streaming does not do; clean the file first, or set streaming to false"
+            yield Fault(("data", "clean", name), text)
+    if lookup(values, "data.class_weights") not in (None, "none"):
+        text = "counts the classes of all rows, which data.streaming does not; remove it, or set streaming to false"
+        yield Fault(("data", "class_weights"), text)
+    if any((lookup(values, "data.augment.text") or {}).values()):
+        text = "changes rows that are held in memory, and data.streaming holds none; remove it, or set that to false"
+        yield Fault(("data", "augment", "text"), text)
+    if lookup(values, "data.near_duplicates") == "drop":
+        text = "got drop, and data.streaming only reports near duplicates; set report or off, or streaming to false"
+        yield Fault(("data", "near_duplicates"), text)
 
 
 def train_sources(values: Tree) -> list[str]:

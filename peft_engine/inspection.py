@@ -9,10 +9,10 @@ from rich.text import Text
 
 from .config import Config
 from .data.augmenting_images import describe
-from .data.encoding import EncodedSet, cache_folder, encode_split
+from .data.encoding import EncodedSet, cache_folder
 from .data.image_sheets import image_preview, write_sheet
 from .data.inspecting import inspect_splits, mask_preview, print_inspection
-from .data.splitting import load_splits
+from .data.loading import encode_split, load_splits
 from .errors import ConfigError
 from .runtime import combine
 from .tasks import Task, make_task

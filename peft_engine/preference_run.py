@@ -341,7 +341,7 @@ class Hooked:
 
 
 def as_dataset(split: Split) -> datasets.Dataset:
-    return datasets.Dataset.from_list(split.examples)
+    return datasets.Dataset.from_list(list(split.examples))
 
 
 @contextlib.contextmanager

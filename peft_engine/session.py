@@ -15,7 +15,7 @@ from .config import Config
 from .data.batching import packing_report
 from .data.cleaning import Dropped, as_lines
 from .data.formats import is_conversation
-from .data.splitting import load_splits
+from .data.loading import load_splits, store_facts
 from .errors import ConfigError, DataError
 from .evaluation import evaluate_split
 from .exporting import save_trained
@@ -288,6 +288,7 @@ class Run:
                 **self.splits.report.to_json(),
                 "conversations": is_conversation(self.splits.train.examples[0]),
                 "digest": self.splits.digest,
+                **store_facts(self.splits.train),
                 "class_weights": weights_by_class(self.data["train"], self.splits.labels),
                 "dropped": {n: len(d.dropped) for n, d in self.data.items()},
                 "truncated": {n: d.truncated for n, d in self.data.items()},

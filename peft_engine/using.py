@@ -18,10 +18,10 @@ from .adapters.new_rows import with_new_tokens
 from .building import refuse_too_long
 from .config import Config
 from .config_checks import LABELLED, PREFERENCE
-from .data.encoding import encode_split
 from .data.labels import Labels
+from .data.loading import encode_split, load_splits
 from .data.reading import Rows
-from .data.splitting import Split, load_one, load_splits
+from .data.splitting import Split, load_one
 from .errors import ConfigError, DataError, StorageError
 from .evaluation import evaluate_split, predict_rows
 from .exporting import LABELS, Drift, export_merged, read_labels, verify_adapter
@@ -97,7 +97,7 @@ def evaluate(
     with opened.group.evaluating(opened.group.members[0]) as model:
         metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
         if config.evaluation.generate_rows and opened.task.generates:
-            examples = chosen.examples[: config.evaluation.generate_rows]
+            examples = list(chosen.examples[: config.evaluation.generate_rows])
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     left_out = {"dropped": len(chosen.dropped)} if data is not None and chosen.dropped else {}
     return {"split": data or split, "rows": len(chosen.examples), **left_out, "metrics": metrics}
@@ -247,7 +247,7 @@ def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
     settings = opened.config.evaluation
     size = settings.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
-        return [{"predicted": text} for text in opened.task.answers(model, split.examples, settings, size)]
+        return [{"predicted": text} for text in opened.task.answers(model, list(split.examples), settings, size)]
 
 
 def _writable(rows: Rows, i: int) -> dict[str, Any]:

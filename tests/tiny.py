@@ -36,7 +36,8 @@ from peft_engine.adapters.group import Group, Member, MemberSpec
 from peft_engine.building import build_group, encode_splits, make_trainees
 from peft_engine.config import Config
 from peft_engine.data.encoding import EncodedSet
-from peft_engine.data.splitting import Splits, load_splits
+from peft_engine.data.loading import load_splits
+from peft_engine.data.splitting import Splits
 from peft_engine.generation import matched
 from peft_engine.runtime import Runtime, start
 from peft_engine.tasks import Task, make_task

@@ -14,7 +14,8 @@ from typing import Any
 from ..config import CleanConfig
 from ..errors import DataError
 from .duplicates import input_key, row_key
-from .formats import Example, Layout, convert_rows, refuse_rows
+from .examples import convert_rows, refuse_rows
+from .formats import Example, Layout
 from .messages import Empty
 from .reading import Rows
 

@@ -49,6 +49,11 @@ def row_key(example: Example) -> str:
     return _canonical([input_key(example), *(example.get(part) for part in answers)])
 
 
+def label_key(example: Example) -> str:
+    """The label; "null" where there is none."""
+    return _canonical(example.get("label"))
+
+
 def near_key(key: str) -> str:
     """An input key without case, punctuation, spacing and Unicode form; equal ones are near duplicates."""
     return " ".join(WORDS.findall(unicodedata.normalize("NFKC", key).casefold())) or key

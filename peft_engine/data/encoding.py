@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class EncodedSet:
         """The setting that makes rows smaller."""
         return "data.image_size" if "pixels" in self.columns else "data.max_length"
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per sequence, int64 (sequences,)."""
         return np.diff(self.offsets)
@@ -139,7 +139,7 @@ def encode_split(
         if path:
             _write(path, encoded)
     if max_dropped is not None:
-        _refuse_empty(split, encoded, max_dropped)
+        refuse_empty(split, encoded, max_dropped)
     return encoded
 
 
@@ -214,7 +214,7 @@ def _mapped_file(path: Path, name: str) -> Path:
     return path.with_suffix(f".{name}")
 
 
-def _refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None:
+def refuse_empty(split: Split, encoded: EncodedSet, max_dropped: float) -> None:
     share = len(encoded.dropped) / max(1, len(split.examples))
     if encoded.dropped and (share > max_dropped or not len(encoded)):
         first, reason = encoded.dropped[0]

@@ -104,7 +104,11 @@ def label_of(example: Example) -> Any:
 
 
 def find_labels(
-    examples: Sequence[Example], where: Callable[[int], str], label_type: str, given: list[str | int] | None
+    examples: Sequence[Example],
+    where: Callable[[int], str],
+    label_type: str,
+    given: list[str | int] | None,
+    rows: int | None = None,
 ) -> Labels:
     """Type and names of the examples' labels.
 
@@ -113,25 +117,26 @@ def find_labels(
         where: where row i stands, for messages.
         label_type: `auto`: lists are multi, numbers that are not all whole are regression, all else is single.
         given: class names in order of their ids.
+        rows: how many rows there are, where `examples` are only the first of each label; for messages.
 
     Raises:
         ConfigError: `given` names a class twice, or the labels are numbers.
         DataError: a label of another type, a class outside `given`, one class only, or more than 1000.
     """
-    values = [label_of(example) for example in examples]
+    values, rows = [label_of(example) for example in examples], rows or len(examples)
     if "choices" in examples[0]:
         return _choice(label_type, given)
     if "tags" in examples[0]:
-        return _tags(values, where, given)
+        return _tags(values, where, given, rows)
     pair = "text_pair" in examples[0]
     kind = _guessed_kind(values, where) if label_type == "auto" else label_type
     if kind == "regression":
-        return replace(_regression(values, where, given), pair=pair)
+        return replace(_regression(values, where, given, rows), pair=pair)
     listed = kind == "multi"
     named = [_listed_names(v, where(i)) if listed else [_name(v, where(i))] for i, v in enumerate(values)]
     if len({frozenset(names) for names in named}) == 1:
         raise DataError(
-            f"All {len(values)} labels are {values[0]!r} ({where(0)} is the first); at least two classes are needed.",
+            f"All {rows} labels are {values[0]!r} ({where(0)} is the first); at least two classes are needed.",
             "Check the label column, and whether the file is sorted and cut.",
         )
     first_seen: dict[str, int] = {}
@@ -141,7 +146,7 @@ def find_labels(
     _check_names(first_seen, where)
     if len(first_seen) > MOST_CLASSES and given is None and not listed:
         raise DataError(
-            f"{len(first_seen)} different labels in {len(values)} rows, such as {_shortened(list(first_seen), 3)}; "
+            f"{len(first_seen)} different labels in {rows} rows, such as {_shortened(list(first_seen), 3)}; "
             f"more than {MOST_CLASSES} classes are not taken unasked.",
             "Check the label column; set data.label_type=regression for numbers, or name the classes in data.labels.",
         )
@@ -171,7 +176,7 @@ def _choice(label_type: str, given: list[str | int] | None) -> Labels:
     return Labels("choice", [])
 
 
-def _tags(values: list[Any], where: Callable[[int], str], given: list[str | int] | None) -> Labels:
+def _tags(values: list[Any], where: Callable[[int], str], given: list[str | int] | None, rows: int) -> Labels:
     """Tags by name; where they are numbers, `given` names them in their order."""
     first_seen: dict[str, int] = {}
     named = Labels("tags", [str(name) for name in given or ()])
@@ -181,9 +186,7 @@ def _tags(values: list[Any], where: Callable[[int], str], given: list[str | int]
                 first_seen.setdefault(named._tag_name(tag), i)
     if len(first_seen) < 2:
         found = f"{next(iter(first_seen))!r} only" if first_seen else "none"
-        raise DataError(
-            f"The tags of all {len(values)} rows are {found}; at least two are needed.", "Check the tags' column."
-        )
+        raise DataError(f"The tags of all {rows} rows are {found}; at least two are needed.", "Check the tags' column.")
     _check_names(first_seen, where)
     if given is None:
         return Labels("tags", _sorted_names(first_seen))
@@ -192,7 +195,7 @@ def _tags(values: list[Any], where: Callable[[int], str], given: list[str | int]
 
 
 def _guessed_kind(values: list[Any], where: Callable[[int], str]) -> LabelType:
-    lists = [_as_list(value) is not None for value in values]
+    lists = [as_list(value) is not None for value in values]
     if any(lists):
         if not all(lists):
             raise DataError(
@@ -206,13 +209,13 @@ def _guessed_kind(values: list[Any], where: Callable[[int], str]) -> LabelType:
     return "single"
 
 
-def _regression(values: list[Any], where: Callable[[int], str], given: list[str | int] | None) -> Labels:
+def _regression(values: list[Any], where: Callable[[int], str], given: list[str | int] | None, rows: int) -> Labels:
     if given is not None:
         raise ConfigError(f"data.labels = {given} names classes, but the labels are numbers.", "Remove it.")
     numbers = [_number(value, where(i)) for i, value in enumerate(values)]
     if len(set(numbers)) == 1:
         raise DataError(
-            f"All {len(numbers)} labels are {numbers[0]} ({where(0)} is the first).",
+            f"All {rows} labels are {numbers[0]} ({where(0)} is the first).",
             "There is nothing to learn; check the label column.",
         )
     return Labels("regression", [])
@@ -243,7 +246,7 @@ def _name(value: Any, where: str) -> str:
 
 
 def _listed_names(value: Any, where: str) -> list[str]:
-    listed = _as_list(value)
+    listed = as_list(value)
     if listed is None:
         raise DataError(f"{where}: label {value!r} is no list.", 'Several classes are a list: ["a", "b"]; none is [].')
     names = [_name(item, where) for item in listed]
@@ -255,8 +258,8 @@ def _listed_names(value: Any, where: str) -> list[str]:
     return names
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    """A list, or the list that a JSON string (a CSV cell) holds; None for anything else."""
+def as_list(value: Any) -> list[Any] | None:
+    """Several classes: a list, or the list that a JSON string (a CSV cell) holds; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)

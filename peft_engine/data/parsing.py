@@ -2,22 +2,28 @@
 
 Each parser returns the rows and, where the format has lines, the 1-based line on which each row begins. Nothing is
 skipped but blank lines; whatever can't be read is a DataError that names the line. Where the caller gives a list for
-faults, a row that can't be read is written there and left out; what is wrong with a whole file is still an error.
+faults, a row that can't be read is written there and left out; what is wrong with a whole file is still an error. The
+functions `…_rows` are the same row by row, so that neither the file nor its rows need fit into memory.
 """
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import DataError
 
 Row = dict[str, Any]
 Parsed = tuple[list[Row], list[int] | None]
+Numbered = Iterator[tuple[Row, int]]
+"""Rows, each with the 1-based line on which it begins."""
 Faults = list[tuple[str, str]]
 """Rows that were left out: where each stands, and what is wrong with it."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BATCH_ROWS = 1024  # rows of a columnar file that become Python objects at once
 CSV_FIELD_LIMIT = 2**31 - 1  # characters; Python's own limit of 131,072 is less than a long document
 HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LIST_IN_LINES = "One JSON object per line. A JSON list belongs in a .json file."
@@ -25,17 +31,34 @@ LIST_IN_LINES = "One JSON object per line. A JSON list belongs in a .json file."
 
 def decode(source: str, raw: bytes) -> str:
     """UTF-8 text, without the byte order mark. Raises DataError with line and byte offset."""
-    mark = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
+    mark = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
     try:
         return raw[mark:].decode("utf-8")
     except UnicodeDecodeError as error:
         offset = mark + error.start
-        line = raw.count(b"\n", 0, offset) + 1
-        encoding = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise DataError(
-            f"{source}, line {line}: not UTF-8 (byte 0x{raw[offset]:02x} at offset {offset}).",
-            f"Convert it from the encoding it has, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-copy",
-        ) from error
+        raise _not_utf8(source, raw[:2], raw.count(b"\n", 0, offset) + 1, offset, raw[offset]) from error
+
+
+def decoded_lines(source: str, raw_lines: Iterable[bytes]) -> Iterator[str]:
+    """What `decode` gives, line by line; each line keeps its end. Raises DataError with line and byte offset."""
+    begins, first = 0, b""
+    for number, raw in enumerate(raw_lines, start=1):
+        first = first or raw[:2]
+        mark = len(BYTE_ORDER_MARK) if number == 1 and raw.startswith(BYTE_ORDER_MARK) else 0
+        try:
+            yield raw[mark:].decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = mark + error.start
+            raise _not_utf8(source, first, number, begins + at, raw[at]) from error
+        begins += len(raw)
+
+
+def _not_utf8(source: str, first: bytes, line: int, offset: int, byte: int) -> DataError:
+    encoding = "UTF-16" if first in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+    return DataError(
+        f"{source}, line {line}: not UTF-8 (byte 0x{byte:02x} at offset {offset}).",
+        f"Convert it from the encoding it has, for example: iconv -f {encoding} -t UTF-8 {source} > utf8-copy",
+    )
 
 
 def parse_delimited(source: str, text: str, delimiter: str, faults: Faults | None = None) -> Parsed:
@@ -43,18 +66,40 @@ def parse_delimited(source: str, text: str, delimiter: str, faults: Faults | Non
 
     With `faults`, reading goes on behind the line on which a row that can't be read begins.
     """
-    physical = list(io.StringIO(text, newline=""))
-    header: list[str] = []
+    return _unzipped(delimited_rows(source, io.StringIO(text, newline=""), delimiter, faults))
+
+
+def _unzipped(numbered: Numbered) -> tuple[list[Row], list[int]]:
     rows: list[Row] = []
     lines: list[int] = []
+    for row, line in numbered:
+        rows.append(row)
+        lines.append(line)
+    return rows, lines
+
+
+def delimited_rows(source: str, lines: Iterable[str], delimiter: str, faults: Faults | None = None) -> Numbered:
+    """Rows of CSV or TSV, from lines that keep their ends."""
+    pieces = (piece for line in lines for piece in _at_returns(line))
+    taken: list[str] = []  # lines of the row being read, kept where reading may go on behind the first of them
+    again: deque[str] = deque()  # lines to be read once more
+
+    def handed_out() -> Iterator[str]:
+        while (piece := again.popleft() if again else next(pieces, None)) is not None:
+            if faults is not None:
+                taken.append(piece)
+            yield piece
+
+    header: list[str] = []
     limit_before = csv.field_size_limit(CSV_FIELD_LIMIT)
     start = 0  # physical lines before those that the reader was given
     line = 1
     try:
         while True:
-            reader = csv.reader(iter(physical[start:]), delimiter=delimiter, strict=True)
+            reader = csv.reader(handed_out(), delimiter=delimiter, strict=True)
             try:
                 for cells in reader:
+                    taken.clear()
                     begins, line = line, start + reader.line_num + 1
                     if not cells:
                         continue
@@ -66,17 +111,22 @@ def parse_delimited(source: str, text: str, delimiter: str, faults: Faults | Non
                         fix = "Quote cells that hold the delimiter or a line break."
                         _fault(faults, f"{source}, line {begins}", problem, fix)
                         continue
-                    rows.append(dict(zip(header, cells, strict=True)))
-                    lines.append(begins)
+                    yield dict(zip(header, cells, strict=True)), begins
                 break
             except csv.Error as error:
                 problem = f"the row that begins here can't be read: {error}"
                 fix = 'A cell that begins with " must end with one, and every " within it is doubled.'
                 _fault(faults if header else None, f"{source}, line {line}", problem, fix, error)
+                again.extendleft(reversed(taken[1:]))
+                taken.clear()
                 start, line = line, line + 1
     finally:
         csv.field_size_limit(limit_before)
-    return rows, lines
+
+
+def _at_returns(line: str) -> Iterable[str]:
+    """The line, cut after each carriage return that stands alone: old Macs end lines so, and csv counts them."""
+    return io.StringIO(line, newline="") if "\r" in line else (line,)
 
 
 def _fault(faults: Faults | None, where: str, problem: str, fix: str, cause: Exception | None = None) -> None:
@@ -101,32 +151,42 @@ def _header(where: str, cells: list[str], delimiter: str) -> list[str]:
 
 def parse_json_lines(source: str, text: str, faults: Faults | None = None) -> Parsed:
     """One JSON object per line."""
-    rows: list[Row] = []
-    lines: list[int] = []
-    raw_lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
-    for number, line in enumerate(raw_lines, start=1):
+    lines = text.split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    return _unzipped(json_rows(source, lines, faults))
+
+
+def json_rows(source: str, lines: Iterable[str], faults: Faults | None = None) -> Numbered:
+    """Rows of JSON objects, from lines without their ends; a file that ends with a line end gives "" last."""
+    broken: tuple[int, str, Exception] | None = None  # a line of which is not yet known whether it is the last
+    number = 0
+    for number, line in enumerate(lines, start=1):
         line = line.strip()
         if not line:
             continue
+        if broken:
+            _broken_line(source, *broken, False, faults)
+            broken = None
         where = f"{source}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problem, fix = f"not valid JSON ({error}): {start_of(line)}", LIST_IN_LINES
-            last = not any(rest.strip() for rest in raw_lines[number:])
-            if last and (number == len(raw_lines) or not line.endswith("}")):
-                problem = f"this last line breaks off: {start_of(line)}; the file looks truncated"
-                fix = "Copy or download it again, or remove the broken line."
-            _fault(faults, where, problem, fix, error)
+            broken = number, line, error
             continue
         if not isinstance(row, dict):
             _fault(faults, where, f"not a JSON object: {start_of(line)}", LIST_IN_LINES)
-            continue
-        if HALF_SURROGATE.search(line) and not _surrogates_paired(where, row, faults):
-            continue
-        rows.append(without_nulls(row, deep=False))
-        lines.append(number)
-    return rows, lines
+        elif not HALF_SURROGATE.search(line) or _surrogates_paired(where, row, faults):
+            yield without_nulls(row, deep=False), number
+    if broken:
+        cut = broken[0] == number or not broken[1].endswith("}")
+        _broken_line(source, *broken, cut, faults)
+
+
+def _broken_line(source: str, number: int, line: str, error: Exception, cut: bool, faults: Faults | None) -> None:
+    problem, fix = f"not valid JSON ({error}): {start_of(line)}", LIST_IN_LINES
+    if cut:
+        problem = f"this last line breaks off: {start_of(line)}; the file looks truncated"
+        fix = "Copy or download it again, or remove the broken line."
+    _fault(faults, f"{source}, line {number}", problem, fix, error)
 
 
 def parse_json(source: str, text: str, faults: Faults | None = None) -> Parsed:
@@ -175,9 +235,14 @@ def _surrogates_paired(where: str, row: Row, faults: Faults | None) -> bool:
 
 def parse_text(source: str, text: str, faults: Faults | None = None) -> Parsed:
     """One document per line, as {"text": line}. There is nothing that can't be read."""
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
-    kept = [(number, line) for number, line in numbered if line.strip()]
-    return [{"text": line} for _, line in kept], [number for number, _ in kept]
+    return _unzipped(text_rows(source, text.split("\n")))
+
+
+def text_rows(source: str, lines: Iterable[str]) -> Numbered:
+    """Rows of plain text, from lines without their ends."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield {"text": line.removesuffix("\r")}, number
 
 
 TEXT_PARSERS: dict[str, Callable[[str, str, Faults | None], Parsed]] = {
@@ -193,21 +258,37 @@ TEXT_PARSERS: dict[str, Callable[[str, str, Faults | None], Parsed]] = {
 def parse_columnar(source: str, suffix: str, raw: bytes) -> Parsed:
     """Parquet, or Arrow as an IPC file or stream."""
     import pyarrow as pa
+
+    return list(columnar_rows(source, suffix, pa.BufferReader(raw))), None
+
+
+def columnar_rows(source: str, suffix: str, file: Any) -> Iterator[Row]:
+    """Rows of Parquet or Arrow, some at a time.
+
+    Args:
+        file: an open pyarrow file.
+    """
+    import pyarrow as pa
     import pyarrow.parquet
 
-    buffer = pa.BufferReader(raw)
     try:
         if suffix == ".parquet":
-            table = pa.parquet.ParquetFile(buffer).read()
-        elif raw.startswith(b"ARROW1"):
-            table = pa.ipc.open_file(buffer).read_all()
+            batches: Iterable[Any] = pa.parquet.ParquetFile(file).iter_batches(BATCH_ROWS)
         else:
-            table = pa.ipc.open_stream(buffer).read_all()
-        rows = table.to_pylist()
+            magic = file.read(6)
+            file.seek(0)
+            if magic == b"ARROW1":
+                opened = pa.ipc.open_file(file)
+                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            else:
+                batches = pa.ipc.open_stream(file)
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                rows = batch.slice(start, BATCH_ROWS).to_pylist()
+                yield from (without_nulls(row, deep=True) for row in rows)
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"{source} can't be read as {suffix[1:]}: {start_of(str(error), 200)}."
         raise DataError(problem, "Copy or download it again.") from error
-    return [without_nulls(row, deep=True) for row in rows], None
 
 
 def without_nulls(row: Row, *, deep: bool) -> Row:

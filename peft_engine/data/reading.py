@@ -4,10 +4,13 @@ Rows are held in memory as plain dicts. What isn't there is a ConfigError, what 
 the system won't let us read a StorageError.
 """
 
+import contextlib
 import difflib
 import gzip
+import json
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,8 +64,8 @@ def read_rows(
         DataError: the content can't be read, or there is none.
         StorageError: the operating system refuses to read it.
     """
-    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
-    if _suffix(path.name) or source.startswith((".", "/", "~")) or path.is_absolute() or os.path.exists(path):
+    path = local_path(source)
+    if path is not None:
         if subset:
             raise ConfigError(
                 f"data.subset: {subset!r} is for hub data sets, and {source} is a file.", "Remove data.subset."
@@ -78,16 +81,23 @@ def read_rows(
     return rows
 
 
-def _suffix(name: str) -> str:
+def local_path(source: str) -> Path | None:
+    """The file or folder that `source` names; None where it is a hub name."""
+    path = Path(source).expanduser() if source.startswith("~/") else Path(source)
+    is_local = suffix_of(path.name) or source.startswith((".", "/", "~")) or path.is_absolute() or os.path.exists(path)
+    return path if is_local else None
+
+
+def suffix_of(name: str) -> str:
     """The known suffix that a file name ends with, or ""."""
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def _read_file(source: str, path: Path, skip_malformed: bool) -> Rows:
+    if (parts := arrow_folder(source, path)) is not None:
+        return Rows(source, [row for part in parts for row in parse_columnar(*_arrow_part(source, part))[0]])
     raw = _read_bytes(source, path)
-    suffix = _suffix(path.name)
-    if not suffix:
-        raise ConfigError(f"{source} is no data file of a known kind.", f"Convert it to one of {', '.join(SUFFIXES)}.")
+    suffix = known_suffix(source, path)
     if not raw:
         raise DataError(f"{source} is empty (0 bytes).", "Give a file that holds rows.")
     if suffix in (".parquet", ".arrow"):
@@ -96,24 +106,76 @@ def _read_file(source: str, path: Path, skip_malformed: bool) -> Rows:
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{source} can't be decompressed: {error}.", "Copy or download it again.") from error
+            raise undecompressed(source, error) from error
     kind, faults = suffix.removesuffix(".gz"), Faults()
     rows, lines = TEXT_PARSERS[kind](source, decode(source, raw), faults if skip_malformed else None)
     return Rows(source, rows, lines, faults, "row" if kind == ".json" else "line")
 
 
+def undecompressed(source: str, error: Exception) -> DataError:
+    """What is told of a damaged .gz file."""
+    return DataError(f"{source} can't be decompressed: {error}.", "Copy or download it again.")
+
+
 def _read_bytes(source: str, path: Path) -> bytes:
+    refuse_folder(source, path)
+    with file_errors(source, path):
+        return path.read_bytes()
+
+
+def refuse_folder(source: str, path: Path) -> None:
+    """Raise ConfigError where a folder stands in the place of a file."""
     if os.path.isdir(path):  # Path.is_dir() raises where the folder may not be entered
         names = _data_files(path)
         held = f"It holds {', '.join(names)}" if names else f"Files are taken that end in {', '.join(SUFFIXES)}"
         raise ConfigError(f"{source} is a folder, a file was expected.", f"{held}; name one file.")
+
+
+def known_suffix(source: str, path: Path) -> str:
+    """The suffix of a data file; raises ConfigError where it is none of those known."""
+    suffix = suffix_of(path.name)
+    if not suffix:
+        raise ConfigError(f"{source} is no data file of a known kind.", f"Convert it to one of {', '.join(SUFFIXES)}.")
+    return suffix
+
+
+@contextlib.contextmanager
+def file_errors(source: str, path: Path) -> Iterator[None]:
+    """What the operating system says of a file, as ConfigError (there is none) or StorageError (it may not be read)."""
     try:
-        return path.read_bytes()
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"There is no file {source}.", _near_files(path)) from None
     except OSError as error:
         problem = f"{source} can't be read: {error.strerror or error}."
         raise StorageError(problem, "Check who may read the file, and the disk.") from error
+
+
+def arrow_folder(source: str, path: Path) -> list[Path] | None:
+    """The Arrow files of a folder that `datasets.save_to_disk` wrote, in order; None for anything else.
+
+    Raises:
+        ConfigError: the folder holds several splits.
+        DataError: its list of files can't be read.
+    """
+    if os.path.isfile(path / "dataset_dict.json"):
+        names = [name for name in _names(path) if os.path.isdir(path / name)] or ["none"]
+        raise ConfigError(
+            f"{source} holds the splits {', '.join(names)}.", f"Name one of them, for example {path / names[0]}."
+        )
+    state = path / "state.json"
+    if not os.path.isfile(state):
+        return None
+    with file_errors(str(state), state):
+        text = state.read_text(encoding="utf-8")
+    try:
+        return [path / part["filename"] for part in json.loads(text)["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{state} lists no Arrow files ({error!r}).", "Save the data set again.") from error
+
+
+def _arrow_part(source: str, part: Path) -> tuple[str, str, bytes]:
+    return source, ".arrow", _read_bytes(str(part), part)
 
 
 def _near_files(path: Path) -> str:
@@ -127,7 +189,7 @@ def _near_files(path: Path) -> str:
 
 
 def _data_files(folder: Path, most: int = 8) -> list[str]:
-    names = [name for name in _names(folder) if _suffix(name)]
+    names = [name for name in _names(folder) if suffix_of(name)]
     return names[:most] + ([f"and {len(names) - most} more"] if len(names) > most else [])
 
 

@@ -7,7 +7,7 @@ split is removed from training. The same data and `data.seed` give the same spli
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ SHOWN = 5
 class Split:
     """Rows of one split, in the order of their source."""
 
-    examples: list[Example]
-    where: list[str]
+    examples: Sequence[Example]
+    where: Sequence[str]
     """Provenance of each row: "train.jsonl, line 7"."""
     sources: list[int] = field(default_factory=list)
     """Of `data.train`'s rows: which of its sources each comes from."""
@@ -45,6 +45,10 @@ class Split:
         """The rows at these indices, in that order."""
         sources = [self.sources[i] for i in indices] if self.sources else []
         return Split([self.examples[i] for i in indices], [self.where[i] for i in indices], sources)
+
+    def lines(self) -> Iterable[bytes]:
+        """The examples as sorted JSON, each with its line end."""
+        return (json.dumps(example, sort_keys=True, default=str).encode() + b"\n" for example in self.examples)
 
 
 @dataclass
@@ -126,7 +130,9 @@ def _load(
 
 def _load_train(config: Config, report: SplitReport) -> tuple[Split, Layout]:
     """All sources of `data.train`, one after the other; the layout is the first one's."""
-    whole, layouts, read = Split([], []), [], []
+    examples: list[Example] = []
+    where: list[str] = []
+    whole, layouts, read = Split(examples, where), [], []
     for number, source in enumerate(sources_of(config)):
         part, _, layout = _load(source, config, True, HUB_SPLITS["train"], "train")
         layouts.append(layout)
@@ -136,8 +142,8 @@ def _load_train(config: Config, report: SplitReport) -> tuple[Split, Layout]:
                 "Give all sources in one format, or name the columns of each.",
             )
         read.append(len(part.examples))
-        whole.examples += part.examples
-        whole.where += part.where
+        examples += part.examples
+        where += part.where
         whole.dropped += part.dropped
         whole.sources += [number] * len(part.examples)
     report.sources = [{"rows": n} for n in read]
@@ -154,12 +160,12 @@ def load_splits(config: Config) -> Splits:
     """
     report = SplitReport()
     train, layout = _load_train(config, report)
-    held = _given_splits(config, layout)
+    held = given_splits(config, layout)
     dropped = [row for split in (train, *held.values()) for row in split.dropped]
     labels = None
     if config.task in LABELLED:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
-    whole = train.examples + [example for split in held.values() for example in split.examples]
+    whole = [*train.examples] + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
     train = _without_leaked(train, held, config, report, dropped)
     train, made = _make_splits(train, held, labels, config, report)
@@ -168,13 +174,15 @@ def load_splits(config: Config) -> Splits:
     if labels is not None:
         labels = _labels_of_training(train, held, labels, config)
     parts = {"train": train} | {name: held[name] for name in HELD_OUT if name in held}
-    parts = _limited(parts, labels, config, report)
+    parts = limited(parts, labels, config, report)
     if labels is not None:
-        _check_classes(parts["train"], labels, config, report)
+        train = parts["train"]
+        shown = {name for i in range(len(train.examples)) for name in _classes(train, i, labels)}
+        check_classes(shown, labels, config, report)
     report.made = {name: name in made for name in HELD_OUT if name in parts}
     _describe(parts, config, report)
     report.removed = counted(dropped)
-    splits = Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, _digest(parts))
+    splits = Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, digest_of(parts))
     splits.dropped = dropped
     return splits
 
@@ -231,7 +239,7 @@ def _pair_in_words(near: Near, held: Split) -> str:
     return f"{'=' if near.similarity == 1.0 else f'~ {near.similarity:.2f}'} {held.where[near.other]}"
 
 
-def _given_splits(config: Config, layout: Layout) -> dict[str, Split]:
+def given_splits(config: Config, layout: Layout) -> dict[str, Split]:
     given = {}
     for name, source in (("eval", config.data.eval), ("test", config.data.test)):
         if source is not None:
@@ -327,15 +335,19 @@ def _classes(split: Split, i: int, labels: Labels | None) -> list[str]:
 
 def _labels_of_training(train: Split, held: dict[str, Split], found: Labels, config: Config) -> Labels:
     """Labels of the training split alone, having checked that the other splits hold no others."""
-    kind = found.kind if found.kind in ("single", "multi", "regression") else "auto"
-    labels = find_labels(train.examples, train.where.__getitem__, kind, config.data.labels)
+    labels = find_labels(train.examples, train.where.__getitem__, label_type_of(found), config.data.labels)
     for split in held.values():
         for example, where in zip(split.examples, split.where, strict=True):
             labels.classes(label_of(example), where)
     return labels
 
 
-def _limited(parts: dict[str, Split], labels: Labels | None, config: Config, report: SplitReport) -> dict[str, Split]:
+def label_type_of(labels: Labels) -> str:
+    """The setting `data.label_type` that finds labels of this type again."""
+    return labels.kind if labels.kind in ("single", "multi", "regression") else "auto"
+
+
+def limited(parts: dict[str, Split], labels: Labels | None, config: Config, report: SplitReport) -> dict[str, Split]:
     """The splits with at most `data.limit` rows each."""
     limits = config.data.limit.model_dump()
     limited = {}
@@ -352,9 +364,8 @@ def _limited(parts: dict[str, Split], labels: Labels | None, config: Config, rep
     return limited
 
 
-def _check_classes(train: Split, labels: Labels, config: Config, report: SplitReport) -> None:
-    """What the final training split shows of the classes: refuse one class alone, note the ones that are missing."""
-    shown = {name for i in range(len(train.examples)) for name in _classes(train, i, labels)}
+def check_classes(shown: set[str], labels: Labels, config: Config, report: SplitReport) -> None:
+    """Which classes the final training split shows: refuse one class alone, note the ones that are missing."""
     if labels.kind == "single" and len(shown) == 1:
         raise DataError(
             f"data.limit.train = {config.data.limit.train} leaves only rows of the class {next(iter(shown))!r}.",
@@ -378,10 +389,10 @@ def _describe(parts: dict[str, Split], config: Config, report: SplitReport) -> N
         _near(parts["train"], {name: parts[name] for name in HELD_OUT if name in parts}, config, report)
 
 
-def _digest(parts: dict[str, Split]) -> str:
+def digest_of(parts: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for name, split in parts.items():
         digest.update(f"{name} {len(split.examples)}\n".encode())
-        for example in split.examples:
-            digest.update(json.dumps(example, sort_keys=True, default=str).encode() + b"\n")
+        for line in split.lines():
+            digest.update(line)
     return digest.hexdigest()

@@ -17,6 +17,8 @@ from .weighting import weighted
 def for_training(data: EncodedSet, splits: Splits, task: Task, config: Config) -> EncodedSet:
     """The training split as the loop takes it.
 
+    Of streamed data nothing is read here: the settings that would need its rows are refused with it.
+
     Raises:
         ConfigError: `data.class_weights` does not fit the labels, or `data.augment.text` the tokenizer or the rows.
     """

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -144,6 +144,6 @@ def _in_finalizer(frame: FrameType | None) -> bool:
     return False
 
 
-def describe_rows(data: EncodedSet, where: list[str], rows: list[int]) -> list[dict[str, Any]]:
+def describe_rows(data: EncodedSet, where: Sequence[str], rows: list[int]) -> list[dict[str, Any]]:
     """Provenance of encoded rows, for messages and failure.json."""
     return [{"row": where[int(data.rows[row])], "tokens": int(data.lengths[row])} for row in rows]

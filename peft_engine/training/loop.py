@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +56,7 @@ class Loop:
     group: Group
     task: Task
     data: EncodedSet
-    where: list[str]
+    where: Sequence[str]
     trainees: list[Trainee]
     config: Config
     runtime: Runtime

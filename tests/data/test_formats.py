@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from peft_engine.data.formats import Layout, find_layout, to_examples
+from peft_engine.data.examples import to_examples
+from peft_engine.data.formats import Layout, find_layout
 from peft_engine.data.reading import Rows
 from peft_engine.errors import ConfigError, DataError
 

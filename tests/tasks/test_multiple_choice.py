@@ -13,7 +13,8 @@ from tiny import WORDS, assemble, config, write_rows
 from transformers import AutoModelForMultipleChoice
 
 from peft_engine.config import Config
-from peft_engine.data.formats import find_layout, to_examples
+from peft_engine.data.examples import to_examples
+from peft_engine.data.formats import find_layout
 from peft_engine.data.reading import Rows
 from peft_engine.data.splitting import load_splits
 from peft_engine.errors import ConfigError, DataError

@@ -10,7 +10,8 @@ from tiny import WORDS, assemble, config, make_model, sentence, write_rows
 
 from peft_engine.config import Config
 from peft_engine.data.duplicates import input_key
-from peft_engine.data.formats import find_layout, to_examples
+from peft_engine.data.examples import to_examples
+from peft_engine.data.formats import find_layout
 from peft_engine.data.reading import Rows
 from peft_engine.errors import ConfigError, DataError
 from peft_engine.exporting import read_labels
