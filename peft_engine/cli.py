@@ -46,7 +46,7 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.option("--task", type=click.Choice(TASKS), required=True, help="What is to be learned.")
+@click.option("--task", type=click.Choice(TASKS), required=True, metavar="TASK", help=f"One of {', '.join(TASKS)}.")
 @click.option("--model", required=True, metavar="MODEL", help="Hub id or local folder.")
 def init(task: str, model: str) -> None:
     """Print a commented config to start from.
@@ -245,10 +245,11 @@ def generate(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Answer PROMPT with a causal-lm or seq2seq run, streamed as it is made.
+    """Answer PROMPT with a run that makes text, word by word.
 
-    The prompt goes through the model's chat template where the run learned conversations; else it is continued as it
-    stands. For seq2seq it is the source. RUN is a run directory, or the config whose output it is.
+    The run's task is causal-lm or seq2seq. The prompt goes through the model's chat template where the run learned
+    conversations; else it is continued as it stands. For seq2seq it is the source. RUN is a run directory, or the
+    config whose output it is.
 
     \b
     peft-engine generate runs/mine "Name three rivers." --max-new-tokens 50

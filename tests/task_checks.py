@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from comparing import Crash, changed, crash_at, outcome
-from tiny import Assembled, assemble
+from tiny import Assembled, assemble, cut
 
 from peft_engine.config import Config
 from peft_engine.run import train
-from peft_engine.training.step import cut, gradients
+from peft_engine.training.step import gradients
 
 
 def gradient_of(run: Assembled, rows: np.ndarray, size: int) -> tuple[torch.Tensor, torch.Tensor]:

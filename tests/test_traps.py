@@ -45,6 +45,7 @@ from peft_engine.adapters import files
 from peft_engine.adapters.group import MemberSpec, plain_name
 from peft_engine.building import encode_splits
 from peft_engine.config import Config
+from peft_engine.config_writing import to_yaml
 from peft_engine.data.batching import BatchPlan
 from peft_engine.data.encoding import EncodedSet
 from peft_engine.data.packing import Packs
@@ -755,7 +756,7 @@ def test_trap_14_a_file_without_the_head_is_noticed(tiny_model, tmp_path, monkey
 def test_trap_14_a_head_that_peft_would_not_save_is_noticed(tiny_model, tmp_path, monkeypatch):
     real = files.get_peft_model_state_dict
     monkeypatch.setattr(files, "get_peft_model_state_dict", lambda model, **how: without_head(real(model, **how)))
-    refused(settings(CLASSES, tiny_model("bert"), tmp_path, class_rows(8)), VerificationError, "peft would save")
+    refused(settings(CLASSES, tiny_model("bert"), tmp_path, class_rows(8)), VerificationError, "peft would leave 2 of")
 
 
 # 15 — keys
@@ -1229,7 +1230,7 @@ def test_trap_25_nan_stops_the_run_with_the_last_good_weights(tiny_model, tmp_pa
     of = settings(LM, model, tmp_path / "bad", poisoned_rows(), training=steps)
     bad = step_of(of, 13)
     assert bad > 1
-    (tmp_path / "bad.yaml").write_text(json.dumps(of.model_dump(mode="json")))
+    (tmp_path / "bad.yaml").write_text(to_yaml(of))
     done = subprocess.run(
         [sys.executable, "-m", "peft_engine", "train", str(tmp_path / "bad.yaml")], capture_output=True, text=True
     )

@@ -69,6 +69,11 @@ def make_model(family: str, folder: Path, *, dropout: float = 0.0, seed: int = 0
     return folder
 
 
+def cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows in pieces of at most `size`."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Write JSONL and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,7 @@ def load_adapter(backbone: Backbone, config: Config, folder: Path) -> Group:
             f"{folder / SETTINGS} does not fit this model: {error}",
             "Use the model and the adapter settings that it was trained with.",
         ) from error
+    member_of(model, spec)  # in fp32 before it is filled: peft makes copies of modules in the backbone's dtype
     refuse_difference(_file_tensors(model, spec.name), tensors, str(folder / WEIGHTS))
     set_peft_model_state_dict(model, tensors, adapter_name=spec.name)
     trim_prompts(model)

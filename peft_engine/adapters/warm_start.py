@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 
 from ..config import Config
-from ..config_methods import peft_type
+from ..config_methods import peft_names, peft_type
 from ..config_options import OUR_NAMES
 from ..data.labels import Labels
 from ..errors import ConfigError, StorageError
@@ -62,7 +62,7 @@ def start_from(group: Group, config: Config, labels: Labels | None) -> dict[str,
     for member in group.members:
         here, own = adapter_content(group, member)
         if isinstance(own, PeftConfig):
-            _refuse_other_settings(own, settings, folder)
+            _refuse_other_settings(own, settings, config.adapter.method, folder)
         _refuse_other_classes(folder, labels)
         refuse_difference(here, tensors, str(folder / WEIGHTS))
         if isinstance(group.model, PeftModel):
@@ -118,7 +118,7 @@ def _refuse_other_method(settings: dict[str, Any], config: Config, folder: Path)
         )
 
 
-def _refuse_other_settings(own: Any, found: dict[str, Any], folder: Path) -> None:
+def _refuse_other_settings(own: Any, found: dict[str, Any], method: str, folder: Path) -> None:
     """Same shapes are not enough: alpha, for one, decides what the weights do."""
     here = json.loads(json.dumps(own.to_dict(), default=_listed))
     different = [
@@ -128,7 +128,10 @@ def _refuse_other_settings(own: Any, found: dict[str, Any], folder: Path) -> Non
     ]
     if not different:
         return
-    said = "; ".join(f"{_ours(name)} was {found[name]!r}, is {here[name]!r}" for name in different)
+    ours = OUR_NAMES | peft_names(method)
+    said = "; ".join(
+        f"{ours.get(name, f'adapter.options.{name}')} was {found[name]!r}, is {here[name]!r}" for name in different
+    )
     fix = "Set them as they were, or start from another."
     moved = _init_of(folder)
     if "r" in different and moved:
@@ -137,10 +140,6 @@ def _refuse_other_settings(own: Any, found: dict[str, Any], folder: Path) -> Non
             f"twice the rank. Set adapter.rank: {found['r']} and adapter.alpha: {found.get('lora_alpha')}."
         )
     raise ConfigError(f"adapter.start_from: {folder} was trained with other settings: {said}.", fix)
-
-
-def _ours(field: str) -> str:
-    return OUR_NAMES.get(field, f"adapter.options.{field}")
 
 
 def _listed(value: Any) -> Any:

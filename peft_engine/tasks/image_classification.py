@@ -21,6 +21,7 @@ from ..errors import ConfigError, DataError
 from .base import Batch, to_device
 from .class_metrics import ClassMeter, predictions
 from .pixels import load_pixels
+from .weighting import WEIGHT, add_weights, weighted_cross_entropy
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD_DROPOUT = 0.1
@@ -139,8 +140,7 @@ class ImageClassification:
         if "label" in data.columns:
             dtype = torch.int64 if self.labels.kind == "single" else torch.float32
             batch["label"] = torch.from_numpy(data.columns["label"][rows]).to(dtype)
-        if "weight" in data.columns:  # of the classes, in a training split that has them
-            batch["weight"] = torch.from_numpy(data.columns["weight"][rows]).float()
+            add_weights(batch, data, rows)
         return batch
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -153,10 +153,9 @@ class ImageClassification:
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Sum over images: cross-entropy; mean over classes of binary cross-entropy; squared error."""
-        logits = logits.float()
         if self.labels.kind == "single":
-            each = F.cross_entropy(logits, batch["label"], reduction="none")
-            return (each * batch["weight"] if "weight" in batch else each).sum()
+            return weighted_cross_entropy(logits, batch["label"], batch.get(WEIGHT))
+        logits = logits.float()
         if self.labels.kind == "multi":
             return F.binary_cross_entropy_with_logits(logits, batch["label"], reduction="none").mean(-1).sum()
         return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
@@ -21,6 +20,9 @@ from ..errors import ConfigError
 from .base import Batch, pad_column, pad_tokens, probe_tokens
 from .heads import load_with_head, name_classes
 from .tag_metrics import TagMeter, marks_entities
+from .weighting import WEIGHT, add_weights, weighted_cross_entropy
+
+NOT_READ = ("word", "words", "tag", WEIGHT)  # by the model
 
 
 class TokenClassification:
@@ -89,16 +91,17 @@ class TokenClassification:
         for name, fill in (("token_type_ids", 0), ("word", -1), ("tag", NOT_LEARNED)):
             if name in data.columns:
                 batch[name] = pad_column(data, rows, name, fill)
+        if "tag" in batch:
+            add_weights(batch, data, rows)
         return batch | {"words": torch.from_numpy(data.columns["words"][rows])}
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, length, tags)."""
-        return model(**{name: tensor for name, tensor in batch.items() if name not in ("word", "words", "tag")}).logits
+        return model(**{name: tensor for name, tensor in batch.items() if name not in NOT_READ}).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Sum of the cross-entropy over words."""
-        flat = logits.float().flatten(0, 1)
-        return F.cross_entropy(flat, batch["tag"].flatten(), ignore_index=NOT_LEARNED, reduction="sum")
+        """Sum over words of the cross-entropy, times the tag's weight where classes are weighted."""
+        return weighted_cross_entropy(logits, batch["tag"], batch.get(WEIGHT))
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.loss(self.forward(model, batch), batch)

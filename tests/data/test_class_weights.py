@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
-from tiny import assemble, class_rows, config, sentence, write_rows
+from tiny import assemble, class_rows, config, cut, sentence, write_rows
 
 from peft_engine.data.encoding import EncodedSet
 from peft_engine.data.labels import Labels
@@ -16,7 +16,7 @@ from peft_engine.evaluation import evaluate_split
 from peft_engine.inspection import inspect_data
 from peft_engine.run import train
 from peft_engine.tasks.weighting import add_weights, class_weights, weighted, weighted_cross_entropy
-from peft_engine.training.step import cut, gradients
+from peft_engine.training.step import gradients
 
 SKEWED = ["a"] * 17 + ["b"] * 5 + ["c"] * 2
 

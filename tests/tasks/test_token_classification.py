@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import changed
 from seqeval.metrics import f1_score, precision_score, recall_score
 from task_checks import pieces_agree, resumes_bitwise
-from tiny import WORDS, assemble, config, write_rows
+from tiny import WORDS, assemble, config, cut, write_rows
 from transformers import AutoModelForTokenClassification
 
 from peft_engine.config import Config
@@ -23,6 +24,7 @@ from peft_engine.errors import ConfigError, DataError
 from peft_engine.run import train
 from peft_engine.tasks import make_task
 from peft_engine.tasks.tag_metrics import TagMeter, entity_scores
+from peft_engine.training.step import gradients
 from peft_engine.using import evaluate, export, predict
 
 Tiny = Callable[[str], Path]
@@ -268,3 +270,31 @@ def test_a_tokenizer_without_word_ids_is_refused(
     monkeypatch.setattr("peft_engine.tasks.token_classification.load_tokenizer", lambda settings: Slow())
     with pytest.raises(ConfigError, match="does not tell which token is of which word"):
         make_task(settings_of(tiny_model("bert"), tmp_path), Labels("tags", ["O", "X"]))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "off"])
+def test_class_weights_weigh_tags(tiny_model: Tiny, tmp_path: Path, kernels: str) -> None:
+    """Against torch's own weighted cross-entropy over all words, whatever the cut; evaluation knows no weights."""
+    of = changed(settings_of(tiny_model("bert"), tmp_path), data__class_weights={"O": 0.1, "B-PLACE": 3.0})
+    run = assemble(of.model_copy(update={"kernels": kernels}))
+    names, data, rows = run.task.labels.names, run.data["train"], np.arange(13)
+    member = run.group.members[0]
+    batch = run.task.collate(data, rows)
+    by_tag = torch.tensor([{"O": 0.1, "B-PLACE": 3.0}.get(name, 1.0) for name in names])
+    logits = run.task.forward(run.group.model, batch)
+    wanted = F.cross_entropy(logits.flatten(0, 1), batch["tag"].flatten(), weight=by_tag)
+    wanted.backward()
+    tensors = list(member.tensors.values())
+    slopes = [tensor.grad.clone() for tensor in tensors]
+    for size in (13, 4):
+        for tensor in tensors:
+            tensor.grad = None
+        found = gradients(
+            run.group, run.task, data, cut(rows, size), data.units[rows].sum(), tensors, run.runtime, seed=3
+        )
+        assert float(found.loss) == pytest.approx(float(wanted), rel=1e-5)
+        for tensor, slope in zip(tensors, slopes, strict=True):
+            torch.testing.assert_close(tensor.grad, slope, rtol=1e-4, atol=1e-6)
+    assert "weight" not in run.data["eval"].columns
+    weights = train(of)["data"]["class_weights"]
+    assert weights == pytest.approx(dict(zip(names, by_tag.tolist(), strict=True)))

@@ -120,6 +120,23 @@ def test_the_same_loss_of_every_sample_and_the_same_gradients(folder_of, tmp_pat
 
 
 @pytest.mark.parametrize("family", TINY)
+def test_noise_on_embeddings_is_a_samples_own_in_a_pack_too(folder_of, tmp_path, family):
+    made = {}
+    for alpha in (50.0, None):
+        given = changed(small(folder_of(family), tmp_path), adapter__dropout=0.0, training__neftune_alpha=alpha)
+        run = stirred(packed(given))
+        rows = np.arange(9)
+        packs = run.trainees[0].plan.packing.packs(rows, run.data["train"].lengths)
+        assert min(map(len, packs)) > 1
+        made[alpha] = [grads_of(run, pieces) for pieces in ([rows[:4], rows[4:]], [Packs(tuple(packs))])]
+    (loss, wanted), (again, found) = made[50.0]
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    assert abs(float(made[None][0][0]) - float(loss)) > 1e-3 * float(loss), "the noise is felt"
+
+
+@pytest.mark.parametrize("family", TINY)
 def test_samples_of_a_pack_against_plain_transformers(folder_of, tmp_path, family):
     """The model as transformers loads it, one sample at a time, in float64."""
     settings = packed(changed(small(folder_of(family), tmp_path), adapter__dropout=0.0))
@@ -254,7 +271,6 @@ def test_settings_that_do_not_go_together(tmp_path):
     base = small(tmp_path / "model", tmp_path)
     for new, words in (
         ({"data__pack_tokens": 64}, "data.pack_tokens: has no effect without data.packing"),
-        ({"data__packing": True, "training__neftune_alpha": 5.0}, "can't be combined with training.neftune_alpha"),
         ({"model__attention": "flash_attention_2"}, "runs on CUDA only, and device is cpu"),
         ({"model__attention": "flash_attention_2", "device": "cuda", "training__precision": "fp32"}, "16 bits"),
     ):
