@@ -122,18 +122,18 @@ def test_the_same_loss_of_every_sample_and_the_same_gradients(folder_of, tmp_pat
 @pytest.mark.parametrize("family", TINY)
 def test_noise_on_embeddings_is_a_samples_own_in_a_pack_too(folder_of, tmp_path, family):
     made = {}
-    for alpha in (50.0, None):
+    for alpha in (15.0, None):
         given = changed(small(folder_of(family), tmp_path), adapter__dropout=0.0, training__neftune_alpha=alpha)
         run = stirred(packed(given))
         rows = np.arange(9)
         packs = run.trainees[0].plan.packing.packs(rows, run.data["train"].lengths)
         assert min(map(len, packs)) > 1
         made[alpha] = [grads_of(run, pieces) for pieces in ([rows[:4], rows[4:]], [Packs(tuple(packs))])]
-    (loss, wanted), (again, found) = made[50.0]
+    (loss, wanted), (again, found) = made[15.0]
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
-    assert abs(float(made[None][0][0]) - float(loss)) > 1e-3 * float(loss), "the noise is felt"
+    assert abs(float(made[None][0][0]) - float(loss)) > 1e-4 * float(loss), "the noise is felt"
 
 
 @pytest.mark.parametrize("family", TINY)
