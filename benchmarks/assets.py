@@ -4,7 +4,7 @@
     python benchmarks/assets.py --more         all of them, those of configs/ for further tasks too
     python benchmarks/assets.py --list         what there is, from where, under which licence
 
-What each is stands in `asset_recipes.py` and `asset_recipes_more.py`. Packages are published on the Python index (many
+What each is stands in the files `asset_recipes*.py`. Packages are published on the Python index (many
 machines reach one, but no model hub), one of the further ones on npm's. The sha256 of a package is checked, and so is
 that of what is made of it. `.assets/` is never committed.
 """
