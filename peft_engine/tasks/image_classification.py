@@ -62,6 +62,7 @@ class ImageClassification:
         settings.problem_type = PROBLEM[self.labels.kind]
         if isinstance(self.processor, TimmProcessor):
             settings.pretrained_cfg = self.processor.pretrained_cfg  # a merged model makes its images by it
+            settings.label_names = names  # timm's place for them
         model, new = load_model(self.config, AutoModelForImageClassification, settings, device, _is_head)
         heads = _heads(model)
         fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]

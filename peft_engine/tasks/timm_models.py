@@ -20,8 +20,14 @@ from ..errors import ConfigError
 
 WRAPPER = "timm_wrapper"
 SETTINGS = "preprocessor_config.json"
-DEFAULTS: dict[str, Any] = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
-DEFAULTS |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+DEFAULTS: dict[str, Any] = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
 """What timm takes where `pretrained_cfg` is silent."""
 CROPS = ("center", "squash", "border")
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -42,9 +48,9 @@ def require_timm(settings: ModelConfig) -> None:
         import timm  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch raises either of them
         raise ConfigError(
-            f"model.path: {settings.path} is a timm model, and timm can't be imported ({str(error).splitlines()[0]}).",
-            "pip install 'peft-engine[timm]': the packages timm and torchvision. torchvision must be of the same build "
-            "as torch: beside torch for the CPU, take it from https://download.pytorch.org/whl/cpu.",
+            f"model.path: {settings.path} is a timm model, and timm can't be imported ({_first_line(error)}).",
+            "pip install 'peft-engine[timm]', which brings timm and torchvision. torchvision must be of torch's own build: "
+            "beside a torch for the CPU, install it first, from the index that torch came from.",
         ) from error
     if settings.attention != "auto":
         raise ConfigError(
@@ -161,6 +167,10 @@ class TimmProcessor:
     def save_pretrained(self, folder: str) -> None:
         """Write preprocessor_config.json. A merged model's config.json says the same."""
         (Path(folder) / SETTINGS).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _three(values: Any) -> tuple[float, ...]:

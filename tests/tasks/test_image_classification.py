@@ -92,12 +92,6 @@ def test_a_processor_that_does_more_is_refused(tmp_path):
         load_pixels(ModelConfig(path=str(model)), None)
 
 
-def test_a_timm_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "timm_wrapper", "architecture": "vgg11"}))
-    with pytest.raises(ConfigError, match="timm"):
-        assemble(settings(tmp_path, write_folder(tmp_path / "data", 12), tmp_path / "run"))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_predict_and_export(family, models, images, tmp_path):
     """What the run predicts is what plain transformers says of the merged model, file by file."""
