@@ -49,8 +49,8 @@ def require_timm(settings: ModelConfig) -> None:
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch raises either of them
         raise ConfigError(
             f"model.path: {settings.path} is a timm model, and timm can't be imported ({_first_line(error)}).",
-            "pip install 'peft-engine[timm]', which brings timm and torchvision. torchvision must be built for this torch: "
-            "beside a torch for the CPU, install it first, from the index that torch came from.",
+            "pip install 'peft-engine[timm]', which brings timm and torchvision. torchvision must be built for this "
+            "torch: beside a torch for the CPU, install it first, from the index that torch came from.",
         ) from error
     if settings.attention != "auto":
         raise ConfigError(
