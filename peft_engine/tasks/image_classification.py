@@ -20,6 +20,7 @@ from ..data.labels import Labels
 from ..errors import ConfigError, DataError
 from .base import Batch, to_device
 from .class_metrics import ClassMeter, predictions
+from .heads import head_modules, is_head, name_classes
 from .pixels import load_pixels
 from .timm_models import WRAPPER, TimmProcessor, head_names, is_timm, require_timm
 from .weighting import WEIGHT, add_weights, weighted_cross_entropy
@@ -56,9 +57,7 @@ class ImageClassification:
     def load(self, device: torch.device) -> Backbone:
         settings = load_settings(self.config.model)
         names = self.labels.names or ["value"]
-        settings.num_labels = len(names)
-        settings.id2label = dict(enumerate(names))
-        settings.label2id = {name: i for i, name in enumerate(names)}
+        name_classes(settings, names)
         settings.problem_type = PROBLEM[self.labels.kind]
         if isinstance(self.processor, TimmProcessor):
             settings.pretrained_cfg = self.processor.pretrained_cfg  # a merged model makes its images by it
@@ -200,16 +199,12 @@ class ImageClassification:
 def _heads(model: PreTrainedModel) -> list[str]:
     if model.config.model_type == WRAPPER:
         return head_names(model)
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
+    return head_modules(model)
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:
-    base = f"{model.base_model_prefix}."
-    return not name.startswith(base) or name.startswith(tuple(f"{base}{inner}" for inner in _inner(model)))
+    inner = tuple(f"{model.base_model_prefix}.{part}" for part in _inner(model))
+    return is_head(model, name) or name.startswith(inner)
 
 
 def _inner(model: PreTrainedModel) -> tuple[str, ...]:
