@@ -182,6 +182,13 @@ class Driver:
             "dataloader_pin_memory": False,
             "full_determinism": False,
         }
+        if "router_aux_loss_coef" in known:
+            if options.pop("router_aux_loss_coef", None):
+                raise ConfigError(
+                    "preference.options.router_aux_loss_coef: the balance loss would depend on how a step is cut.",
+                    "Remove it: the engine does not train it.",
+                )
+            given["router_aux_loss_coef"] = 0.0  # TRL takes the model's own otherwise
         if "beta" in known:
             given["beta"] = self.config.preference.beta
         with quiet(), refused(self.config.task):

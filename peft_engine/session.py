@@ -62,6 +62,8 @@ class Run:
             self.data = encode_splits(self.task, self.splits, config)
             self.group = build_group(self.task, config, self.runtime, self.data)
             self._refuse_other_processes()
+        if told := self.group.decisions().get("balance_loss"):
+            self.view.warn(f"{told[0].upper()}{told[1:]}.")
         self.trainees = make_trainees(self.group, self.data["train"], config, self.runtime)
         self.total_steps = config.training.steps or max(
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
