@@ -251,7 +251,8 @@ class DataConfig(Section):
     """What is done with faulty rows."""
     near_duplicates: Literal["off", "report", "drop"] = "report"
     """Training rows that nearly repeat an evaluation or test row (MinHash over word 3-grams where `datasketch` is
-    installed, else equal but for case, punctuation and spacing): report them, or drop them from training."""
+    installed, else equal but for case, punctuation and spacing): report them, or drop them from training. Images are
+    only compared exactly."""
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity from which on two rows are near duplicates."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"

@@ -5,6 +5,7 @@ reported together.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -167,9 +168,12 @@ def _empty_text(values: Tree) -> Iterator[Fault]:
 
 
 def _splits(values: Tree) -> Iterator[Fault]:
+    if lookup(values, "task") == "image-classification" and lookup(values, "data.near_duplicates") == "drop":
+        text = "got drop, and of images only equal ones are found, which never stay in train; write report"
+        yield Fault(("data", "near_duplicates"), text)
     evaluation, test = lookup(values, "data.eval"), lookup(values, "data.test")
     for name, source in (("eval", evaluation), ("test", test)):
-        if source is not None and source in train_sources(values):
+        if source is not None and _same(source) in map(_same, train_sources(values)):
             yield Fault(
                 ("data", name),
                 f"got {source}, the same as data.train: the result would be measured on what was learned; "
@@ -219,6 +223,12 @@ def train_sources(values: Tree) -> list[str]:
     return [train] if train is not None else []
 
 
+def _same(source: Any) -> str:
+    """A file or folder by its resolved path, however it is written; a hub name as it is."""
+    path = os.path.expanduser(str(source))
+    return os.path.realpath(path) if os.path.exists(path) else str(source)
+
+
 def _labels(values: Tree) -> Iterator[Fault]:
     labels = lookup(values, "data.labels")
     if labels is None:
@@ -244,7 +254,7 @@ def _sources(values: Tree) -> Iterator[Fault]:
             told = f"applies to the tasks that train in our own loop, and the task is {task}; remove it"
             yield Fault(("data", "train", i, "weight"), told)
     for i, path in enumerate(paths):
-        if path in paths[:i]:
+        if _same(path) in map(_same, paths[:i]):
             text = f"got {path} a second time; name it once, with a weight"
             yield Fault(("data", "train", i, "path"), text)
 

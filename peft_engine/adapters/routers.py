@@ -5,8 +5,6 @@ micro-batches and packs, padding included (traps 1 and 8). What it is for, that 
 weights that an adapter leaves frozen.
 """
 
-from typing import Any
-
 from torch import nn
 
 from .group import Group
@@ -35,8 +33,8 @@ def told_of_balance(group: Group) -> str:
     if not trained:
         return f"{told}: router weights are frozen"
     return (
-        f"{told}, although {len(trained)} tensors of routers train ({trained[0]}): nothing keeps the experts in balance; "
-        "freeze them with training.frozen or adapter.targets"
+        f"{told}, although {len(trained)} tensors of routers train ({trained[0]}), so that nothing "
+        "keeps the experts in balance; freeze them with training.frozen or adapter.targets"
     )
 
 
@@ -44,5 +42,3 @@ def trained_routers(group: Group) -> list[str]:
     """Names of trained tensors that belong to routers."""
     names = {name for member in group.members for name in member.tensors}
     return sorted(name for name in names if set(name.split(".")) & set(ROUTERS))
-
-

@@ -70,7 +70,7 @@ class SplitReport:
     near_where: list[str] = field(default_factory=list)
     """The first five of them."""
     near_method: str = "off"
-    """`minhash`; `normalised`: equal but for case, punctuation and spacing; `off`: not looked for."""
+    """`minhash`; `normalised`: equal but for case, punctuation and spacing; `exact`: images; `off`: not looked for."""
     near_dropped: bool = False
     """Near duplicates were removed from training."""
     removed: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -78,7 +78,10 @@ def test_a_mixture_of_conversations_and_plain_prompts(first, tiny_model, tmp_pat
     """Of each row what somebody wrote may change, whichever kind stands first."""
     plain = write_rows(tmp_path / "plain.jsonl", pair_rows(20))
     turns = [
-        {"prompt": [{"role": "user", "content": sentence(i, 8)}], "completion": [{"role": "assistant", "content": "ok"}]}
+        {
+            "prompt": [{"role": "user", "content": sentence(i, 8)}],
+            "completion": [{"role": "assistant", "content": "ok"}],
+        }
         for i in range(20)
     ]
     chats = write_rows(tmp_path / "chats.jsonl", turns)
