@@ -73,8 +73,8 @@ def find_near(
 
 
 def method_for(train: Sequence[Example], held: Mapping[str, Sequence[Example]], setting: str) -> tuple[str, str | None]:
-    """How near duplicates are looked for (`minhash`, `normalised`, images `exact`), and a note where that is less than was
-    asked for.
+    """How near duplicates are looked for (`minhash`, `normalised`, images `exact`), and a note where that is less than
+    was asked for.
 
     Args:
         setting: `report` or `drop`.

@@ -14,6 +14,7 @@ from typing import Any
 from ..config import CleanConfig, Config, SourceConfig
 from ..config_checks import LABELLED
 from ..errors import DataError
+from .class_names import told_of_names
 from .cleaning import Dropped, counted, refuse_nothing_left, usable, without_contradictory, without_repeated
 from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, repeated
@@ -134,7 +135,8 @@ def _load_train(config: Config, report: SplitReport) -> tuple[Split, Layout]:
     where: list[str] = []
     whole, layouts, read = Split(examples, where), [], []
     for number, source in enumerate(sources_of(config)):
-        part, _, layout = _load(source, config, True, HUB_SPLITS["train"], "train")
+        part, rows, layout = _load(source, config, True, HUB_SPLITS["train"], "train")
+        report.notes += told_of_names(layout.columns, rows.class_names, source.path)
         layouts.append(layout)
         if layout.kind != layouts[0].kind:
             raise DataError(

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import DataError, EngineError
-from . import duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts
+from . import class_names, duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts
 from . import messages as chat_shape
 from .duplicates import input_key, label_key, near_key, row_key
 from .examples import refused_rows, to_example
@@ -170,7 +170,7 @@ def spool(config: Config, place: Path) -> Spool:
 @cache
 def _code() -> str:
     """sha256 of the code that decides what a store holds: one that another version wrote is not read."""
-    modules = (chat_shape, duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts)
+    modules = (chat_shape, class_names, duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts)
     text = "".join(inspect.getsource(module) for module in modules) + inspect.getsource(_Pieces)
     return hashlib.sha256(text.encode()).hexdigest()
 

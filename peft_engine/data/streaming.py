@@ -22,6 +22,7 @@ import numpy as np
 from ..config import Config
 from ..config_checks import LABELLED
 from ..errors import DataError
+from .class_names import told_of_names
 from .cleaning import Dropped, counted
 from .encoding import cache_folder
 from .flatfiles import storage_faults
@@ -92,6 +93,7 @@ def stream_splits(config: Config) -> Splits:
     report = SplitReport()
     home, folder = _store_folder(config)
     stored = spool(config, folder)
+    report.notes += told_of_names(stored.layout.columns, stored.stream.class_names, stored.stream.source)
     own = Hashes(*(stored.hashes(name) for name in HASHES))
     given = given_splits(config, stored.layout)
     theirs = {name: Hashes.of(split) for name, split in given.items()}
