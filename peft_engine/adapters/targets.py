@@ -32,7 +32,9 @@ def find_targets(backbone: Backbone, settings: AdapterConfig, norms: bool = Fals
     linear = [name for name in every if not _inside(name, backbone.head_modules)]
     left_out = 0
     if not linear and not norms:
-        convolutions = {name: module for name, module in backbone.model.named_modules() if isinstance(module, nn.Conv2d)}
+        convolutions = {
+            name: module for name, module in backbone.model.named_modules() if isinstance(module, nn.Conv2d)
+        }
         outside = [name for name in convolutions if not _inside(name, backbone.head_modules)]
         linear = [n for n in outside if settings.method in TAKES_GROUPS or convolutions[n].groups == 1]
         left_out = len(outside) - len(linear)
