@@ -154,9 +154,11 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
 
 
 def _merge(model: PeftModel) -> Any:
-    """Fold the adapter in, the fully trained modules put in the place of peft's wrappers first: some methods leave
-    these (layernorm), or give a head of several parts a weight that it has not (loha). Embeddings that share their weight with the output head part from it first, where only one
-    of the two was trained: else its update would enter both (trap 13).
+    """Fold the adapter in.
+
+    Fully trained modules take the place of peft's wrappers first: some methods leave these there (layernorm), or give
+    a head of several parts a weight that it has not (loha). Embeddings that share their weight with the output head
+    part from it, where only one of the two was trained: else its update would enter both (trap 13).
     """
     base: Any = model.get_base_model()
     for name, module in list(base.named_modules()):
@@ -167,8 +169,10 @@ def _merge(model: PeftModel) -> Any:
         layer: Any = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
         if layer is not None and all(e is not None for e in ends) and ends[0].weight is ends[1].weight:
             layer.weight = nn.Parameter(layer.weight.detach().clone())
+    merge: Any = getattr(model, "merge_and_unload", None)
+    if merge is None:
+        raise ConfigError("peft has no way to fold this adapter into the weights.", "Export it without --merged.")
     try:
-        merge: Any = model.merge_and_unload
         return merge(safe_merge=True)
     except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error

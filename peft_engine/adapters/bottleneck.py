@@ -5,10 +5,11 @@ transformer. It starts as nothing: the way up is zero.
 the MLP, each on what the block gives before it is added to the residual: y + up(act(down(y))). `parallel` (He et al.
 2022) runs beside the MLP on its input: MLP(x) + alpha/rank · up(act(down(x))).
 
-Places are found by structure. A layer is an element of a ModuleList with linears in it, of the innermost such list that
-reads as layers (Swin keeps them in stages); its last linear ends the MLP; what comes before the MLP and ends in the same
-width is attention. A model in which part of a list can't be read so is refused. The linear at a place gets a subclass
-and the adapter as a submodule, so that hooks, gradient checkpointing and the names of the model's own tensors stay.
+Places are found by structure. A layer is an element of a ModuleList with linears in it, of the innermost such list
+that reads as layers (Swin keeps them in stages); its last linear ends the MLP; what comes before the MLP and ends in
+the same width is attention. A model in which part of a list can't be read so is refused. The linear at a place gets a
+subclass and the adapter as a submodule, so that hooks, gradient checkpointing and the names of the model's own tensors
+stay.
 """
 
 from dataclasses import dataclass
