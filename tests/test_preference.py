@@ -10,6 +10,7 @@ import pytest
 import torch
 from comparing import changed
 from datasets import Dataset
+from families import routed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import config, sentence, write_rows
@@ -261,3 +262,14 @@ def test_rows_that_hold_no_preference(
 def test_settings_that_do_not_go_are_told(change: dict[str, Any], words: str, tiny_model: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         train(settings("dpo", tiny_model("llama"), tmp_path, **change))
+
+
+def test_the_balance_loss_of_experts_is_left_out(tmp_path: Path) -> None:
+    """TRL adds it, micro-batch by micro-batch, whatever the model's config says."""
+    run = changed(settings("dpo", routed("mixtral", tmp_path / "model"), tmp_path), adapter__dropout=0.0)
+    summary = train(changed(run, training__steps=2))
+    first = next(row["loss"] for row in metrics(run.output) if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-5), "the policy is its own reference still"
+    assert "router weights are frozen" in summary["decisions"]["balance_loss"]
+    with pytest.raises(ConfigError, match="router_aux_loss_coef"):
+        train(changed(run, preference={"options": {"router_aux_loss_coef": 0.1}}, output=str(tmp_path / "refused")))

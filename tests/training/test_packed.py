@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as tf
 from chat_samples import chatml
 from comparing import changed, outcome, small
-from families import make
+from families import make, routed
 from tiny import Assembled, assemble, pair_rows, write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -155,26 +154,6 @@ def test_samples_of_a_pack_against_plain_transformers(folder_of, tmp_path, famil
         length = len(ids)
         torch.testing.assert_close(found[start : start + length].double().sum(), wanted[0], rtol=1e-5, atol=1e-5)
         start += length
-
-
-def routed(family: str, folder: Path) -> Path:
-    """A saved model with experts whose config asks for the balance loss."""
-    torch.manual_seed(0)
-    tokenizer = chatml(pad_token="<|endoftext|>")
-    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    shape = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1,
-        "output_router_logits": True, "router_aux_loss_coef": 0.5, **special,
-    }  # fmt: skip
-    if family == "mixtral":
-        model: Any = tf.MixtralForCausalLM(tf.MixtralConfig(**shape, num_local_experts=4))
-    else:
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        model = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**shape, **experts, shared_expert_intermediate_size=16))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
