@@ -33,8 +33,6 @@ from .runtime import Runtime, start
 from .tasks import TASKS, Task, make_task
 from .tasks.seq2seq import Seq2Seq
 
-SHOWN_DROPPED = 3
-
 
 @dataclass
 class Opened:
@@ -105,7 +103,7 @@ def evaluate(
             examples = list(chosen.examples[: config.evaluation.generate_rows])
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     gone = chosen.dropped if data is not None else []
-    gone = gone + [Dropped("test", chosen.where[i], "teaches nothing", reason) for i, reason in encoded.dropped]
+    gone = gone + [Dropped(split, chosen.where[i], "teaches nothing", reason) for i, reason in encoded.dropped]
     rows = len(chosen.examples) - len(encoded.dropped)
     return {"split": data or split, "rows": rows, **_left_out(gone), "metrics": metrics}
 
@@ -114,7 +112,7 @@ def _left_out(gone: list[Dropped]) -> dict[str, Any]:
     if not gone:
         return {}
     kinds = dict(Counter(row.kind for row in gone))
-    first = [{k: v for k, v in asdict(row).items() if k != "split"} for row in gone[:SHOWN_DROPPED]]
+    first = [asdict(next(row for row in gone if row.kind == kind)) for kind in kinds]
     return {"dropped": len(gone), "dropped_kinds": kinds, "dropped_first": first}
 
 

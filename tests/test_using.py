@@ -151,9 +151,9 @@ def test_an_evaluation_says_what_it_left_out(tiny_model: Tiny, tmp_path: Path) -
     lines = printed.stdout.splitlines()
     assert lines[0] == "5 of 14 rows were left out: 1 malformed, 4 empty."
     assert "own.jsonl, line 10: malformed: column 'text' is 5" in lines[1]
-    assert "own.jsonl, line 12: empty: " in lines[3]
-    assert "left out" not in lines[4]
+    assert "own.jsonl, line 11: empty: column 'text' is empty" in lines[2]
+    assert "left out" not in lines[3]
     found = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
     assert (found["rows"], found["dropped"], found["dropped_kinds"]) == (9, 5, {"malformed": 1, "empty": 4})
-    assert [Path(row["where"]).name for row in found["dropped_first"]] == [f"own.jsonl, line {n}" for n in (10, 11, 12)]
+    assert [Path(row["where"]).name for row in found["dropped_first"]] == [f"own.jsonl, line {n}" for n in (10, 11)]
     assert "left out" not in CliRunner().invoke(cli, asked[:2]).stdout

@@ -235,6 +235,8 @@ def test_prompts_with_several_answers_are_a_note(of, tmp_path, task, parts):
     kept = load_splits(of(lines([*rows, *rows]), task=task))
     assert kept.report.contradictory == 15
     assert kept.report.notes[0] == "15 prompts have several answers."
+    streamed = load_splits(of(lines([*rows, *rows]), task=task, streaming=True, cache=str(tmp_path / "cache")))
+    assert (streamed.report.contradictory, streamed.report.notes[0]) == (15, kept.report.notes[0])
     told = "\n".join(_warnings(inspect_splits(kept, {})))
     assert "Note: 15 prompts have several answers." in told
     assert "Contradictory" not in told
