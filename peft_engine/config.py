@@ -174,7 +174,7 @@ class CleanConfig(Section):
     malformed: Literal["refuse", "drop"] = "refuse"
     """Rows that can't be read or lack a part that is needed, in any split. More than half of a file is refused."""
     empty: Literal["refuse", "drop"] = "refuse"
-    """Rows whose text or label is empty, in any split."""
+    """Rows of which a part (text, label, words, choices, messages, image) is empty or null, in any split."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Rows that repeat an earlier one of their split, answer included."""
     contradictory: Literal["keep", "drop", "majority"] = "keep"

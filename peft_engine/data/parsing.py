@@ -331,6 +331,13 @@ def _pruned(value: Any, deep: bool, depth: int) -> Any:
     return value
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: null, NaN, or a blank text."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip())
+    )
+
+
 def shown(value: Any, most: int = 60) -> str:
     """The beginning of a value as Python writes it, for a message."""
     text = repr(value)

@@ -79,7 +79,7 @@ class SplitReport:
     sources: list[dict[str, Any]] = field(default_factory=list)
     """Of a mixture: path, weight, rows read, rows of the training split and rows seen per epoch."""
     contradictory: int = 0
-    """Inputs that stand in the data, in any split, with more than one label."""
+    """Inputs that stand in the data as it was read, in any split, with more than one answer."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
 
@@ -169,6 +169,7 @@ def load_splits(config: Config) -> Splits:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
     whole = [*train.examples] + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
+    note_answers(config, report)
     train = _without_leaked(train, held, config, report, dropped)
     train, made = _make_splits(train, held, labels, config, report)
     held |= made
@@ -187,6 +188,13 @@ def load_splits(config: Config) -> Splits:
     splits = Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, digest_of(parts))
     splits.dropped = dropped
     return splits
+
+
+def note_answers(config: Config, report: SplitReport) -> None:
+    """Tell how many prompts have several answers: no fault where text is learned."""
+    if report.contradictory and config.task not in LABELLED:
+        when = "" if config.data.clean.contradictory == "keep" else " before data.clean.contradictory"
+        report.notes.append(f"{report.contradictory} prompts have several answers{when}.")
 
 
 def _cleaned(

@@ -347,3 +347,22 @@ def test_a_link_back_is_refused(tmp_path, target):
     (tmp_path / "set" / "a" / "link").symlink_to(tmp_path / "set" / target)
     with pytest.raises(DataError, match="is a link back to"):
         load_splits(config(tmp_path / "set"))
+
+
+def test_a_column_of_labels_in_npz_is_one_class_each(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.stack([noise(i) for i in range(6)]), label=(np.arange(6) % 2)[:, None])
+    splits = load_splits(config(tmp_path / "a.npz", split={"eval": 0.0, "test": 0.0}))
+    assert splits.labels.kind == "single"
+    assert [row["label"] for row in splits.train.examples] == [0, 1] * 3
+
+
+@pytest.mark.parametrize("image", [None, " ", {"bytes": None, "path": None}])
+def test_a_row_without_an_image_is_empty(image, tmp_path):
+    write_folder(tmp_path / "data", 9)
+    files = sorted((tmp_path / "data").rglob("*.png"))
+    rows = [{"image": str(file), "label": file.parent.name} for file in files]
+    rows[1]["image"] = image
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"split": {"eval": 0.0, "test": 0.0}, "clean": {"empty": "drop"}}
+    splits = load_splits(config(tmp_path / "rows.jsonl", **data))
+    assert splits.report.removed == {"train": {"empty": 1}}
