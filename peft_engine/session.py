@@ -261,7 +261,7 @@ class Run:
             return {}
         return {
             "dropout": f"the adapters' dropout in {len(layers)} layers without a fused form is drawn per process and "
-            "micro-batch: another number of either gives another curve; set it to 0 (adapter.dropout) to make them alike"
+            "micro-batch: another number of either gives another curve; set adapter.dropout to 0 to make them alike"
         }
 
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:

@@ -161,3 +161,15 @@ def test_bf16_trains_fp32_adapters(dtype: str, tiny_model: Callable[[str], Path]
     more = {"training": {**training, "precision": "fp32"}, "adapter": adapter}
     other = assemble(settings_of("llama", tiny_model("llama"), tmp_path, **more))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in other.train(4)], rel=2e-2)
+
+
+def test_an_older_checkpoint_waits_as_it_did(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Before `counted_value` was kept, the best value was the last that had counted."""
+    run = assemble(settings_of("llama", tiny_model("llama"), tmp_path, training={"steps": 1}))
+    (trainee,) = run.trainees
+    saved = {**trainee.to_json(), "best_value": 2.5}
+    trainee.restore(saved)
+    assert trainee.counted_value is None
+    del saved["counted_value"]
+    trainee.restore(saved)
+    assert (trainee.counted_value, trainee.best_value) == (2.5, 2.5)

@@ -298,6 +298,29 @@ def test_the_command_starts_watches_and_stops_its_processes(tiny_model, tmp_path
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
+def test_a_launcher_that_is_killed_is_told_by_the_first_process(tiny_model, tmp_path):
+    """Nobody holds the store any more, so all would leave the telling to another; torch's frames are kept quiet."""
+    one = task_of("pairs", tiny_model, tmp_path, steps=3000, save_every=3000, eval_every=3000)
+    words = ["train", str(write_config(one, tmp_path / "run.yaml")), "--processes", "2", "--quiet"]
+    metrics, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "errors.txt"
+    with errors.open("w") as file:
+        child = subprocess.Popen([sys.executable, "-m", "peft_engine", *words], stderr=file, stdout=subprocess.DEVNULL)
+        while child.poll() is None and last_step(metrics) < 3:
+            time.sleep(0.02)
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        child.kill()
+        child.wait()
+    limit = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < limit:
+        time.sleep(0.05)
+    err = errors.read_text()
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers), err
+    assert err.count("SIGTERM: stopped after a complete checkpoint") == 1, err
+    assert "frame #" not in err
+    assert "Traceback" not in err
+    verify_files(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+
+
 def test_one_exit_code_of_several():
     assert _joined({}, False) == 0
     assert _joined({0: 1, 1: 4}, False) == 4
