@@ -42,7 +42,6 @@ def launch(config: Config, arguments: list[str], count: int) -> int:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // count))),
-        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # c10d's frames where one has ended
         LAUNCHER: str(os.getpid()),
     }
     if sys.platform == "linux":

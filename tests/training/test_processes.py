@@ -298,6 +298,21 @@ def test_the_command_starts_watches_and_stops_its_processes(tiny_model, tmp_path
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
+def test_who_tells_where_the_store_is_gone(tiny_model, tmp_path):
+    """It went with the launcher, which told nobody: else all would leave it to another."""
+    one = task_of("pairs", tiny_model, tmp_path, steps=400, save_every=400, eval_every=400)
+    path = write_config(one, tmp_path / "run.yaml")
+    run = Ranks("train", path, "--quiet", folder=tmp_path)
+    assert run.engines[0].wait_for(lambda: last_step(tmp_path / "run" / "metrics.jsonl") >= 3)
+    del run.store
+    for engine in run.engines:
+        engine.send(signal.SIGTERM)
+    ended = run.wait()
+    assert [one.code for one in ended] == [75, 75]
+    assert ["SIGTERM: stopped after a complete checkpoint" in one.err for one in ended] == [True, False]
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_is_told_by_the_first_process(tiny_model, tmp_path):
     """Nobody holds the store any more, so all would leave the telling to another; torch's frames are kept quiet."""
     one = task_of("pairs", tiny_model, tmp_path, steps=3000, save_every=3000, eval_every=3000)
