@@ -110,8 +110,8 @@ class AdapterConfig(Section):
     """Dropout on the adapter's input, where the method has it (lora, adalora, hira, vera, randlora, miss, ...)."""
     targets: str | list[str] = "all-linear"
     """`all-linear` (every Linear and Conv1D but the output head; where a model has none, as convolutional ones, every
-    convolution; the norms for `layernorm`), one regular expression for full module names, or a list of module-name
-    endings. Each must match something."""
+    convolution but grouped ones that the method can't take; the norms for `layernorm`), one regular expression for full
+    module names, or a list of module-name endings. Each must match something."""
     layers: list[Annotated[int, Field(ge=0)]] | LayersConfig | None = None
     """Adapt only these layers: indices from 0, or `{last: 6}`, or `{first: 6}`; null is all."""
     rank_pattern: dict[str, Count] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
 from peft_engine.config_options import option_faults
+from peft_engine.config_preference import preference_faults
 
 KeyPath = tuple[str | int, ...]
 Tree = Mapping[str, Any]
@@ -49,6 +50,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),
     "data.streaming": ("causal-lm", "text-classification", "seq2seq"),
+    "data.group_by_length": TEXT,
     "data.image_size": ("image-classification",),
     "data.augment.image": ("image-classification",),
     "data.augment.text": TEXT,
@@ -56,6 +58,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
     "evaluation.num_beams": ("seq2seq",),
     "preference": PREFERENCE,
+    "preference.beta": ("dpo", "orpo", "kto"),
     "training.neftune_alpha": TEXT,
     "training.ema_decay": (*TEXT, "image-classification"),
     "training.trainable": (*TEXT, "image-classification"),
@@ -99,7 +102,7 @@ def inapplicable(values: Tree) -> dict[str, str]:
                 found[f"adapter.{name}"] = _not_of_method(method, name)
     if task is not None:
         for name, owners in TASK_ONLY.items():
-            if task not in owners:
+            if task not in owners and name.rpartition(".")[0] not in found:  # a section is named once
                 tasks = f"task {owners[0]}" if len(owners) == 1 else f"tasks {', '.join(owners)}"
                 found[name] = f"applies to {tasks} only, and the task is {task}; remove it"
     if lookup(values, "training.optimizer") == "adafactor":
@@ -140,6 +143,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _labels,
         _sources,
         _class_weights,
+        _preference,
         _augment,
         _targets,
         _layers,
@@ -247,6 +251,13 @@ def _sources(values: Tree) -> Iterator[Fault]:
         if path in paths[:i]:
             text = f"got {path} a second time; name it once, with a weight"
             yield Fault(("data", "train", i, "path"), text)
+
+
+def _preference(values: Tree) -> Iterator[Fault]:
+    task, adapter = lookup(values, "task"), lookup(values, "adapter")
+    if task in PREFERENCE and adapter:
+        for name, text in preference_faults(task, adapter):
+            yield Fault(("adapter", name), text)
 
 
 def _class_weights(values: Tree) -> Iterator[Fault]:

@@ -119,7 +119,8 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
             f"Its parts are {', '.join(PARTS[task])}.",
         )
     kind, columns = _kind(rows, task, columns, need_label)
-    found = {part: _find(rows, part, columns) for part in KINDS[kind] if need_label or part not in ANSWERS}
+    answered = need_label or task == "reward"  # which scores answers
+    found = {part: _find(rows, part, columns) for part in KINDS[kind] if answered or part not in ANSWERS}
     if len(set(found.values())) < len(found):
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
     if kind == "prompt-completion":
@@ -131,7 +132,7 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
     folder = "" if rows.places else os.path.dirname(os.path.expanduser(rows.source))
-    return Layout(kind, found, need_label, folder)
+    return Layout(kind, found, answered, folder)
 
 
 def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> tuple[Kind, dict[str, str]]:
