@@ -69,6 +69,8 @@ class Run:
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
         )
         self._open()
+        for said in self._dropout().values():
+            self.view.say(said)
         self.trackers.start(self.trainees[0].step)
         if not self.before:
             self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
@@ -252,6 +254,18 @@ class Run:
         parallel = "fsdp" if self.runtime.sharded else "ddp"
         return {"count": len(each), "parallel": parallel, "each": each} if len(each) > 1 else None
 
+    def _dropout(self) -> dict[str, str]:
+        """For run.json, where dropout makes the curve depend on how a step is cut."""
+        layers = self.group.own_dropout()
+        if not layers or (
+            self.runtime.world == 1 and self.trainees[0].micro_batch_size >= self.config.training.batch_size
+        ):
+            return {}
+        return {
+            "dropout": f"the adapters' dropout in {len(layers)} layers without a fused form is drawn per process and "
+            "micro-batch: another number of either gives another curve; set adapter.dropout to 0 to make them alike"
+        }
+
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         trainee = self.trainees[0]
         trainable, total = self.group.parameter_counts(trainee.member)
@@ -304,6 +318,7 @@ class Run:
             "decisions": {
                 **self.runtime.why,
                 **self.group.decisions(),
+                **self._dropout(),
                 "kernels": "off: plain PEFT" if fused is None else fused.why,
             },
             "kernels": None
