@@ -50,6 +50,8 @@ ORDER = (
     "faults",
     "launching",
     "starting",
+    "bench",
+    "cli_bench",
     "cli",
     "__main__",
 )
