@@ -31,7 +31,8 @@ def bench(
     peft-engine bench benchmarks/suites/quick-text.yaml --dry-run
     peft-engine bench benchmarks/suites/quick-text.yaml
     """
-    from .bench.running import Bench, open_results, worst
+    from .bench.results import open_results
+    from .bench.running import Bench, worst
 
     results = open_results(suite, output)
     if dry_run:

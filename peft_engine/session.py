@@ -291,6 +291,7 @@ class Run:
             "method": self.config.adapter.method,
             "metrics": {
                 "primary": self.task.primary,
+                "maximize": self.task.maximize,
                 "split": self._final_split(),
                 "before": self.before,
                 "after": after,

@@ -81,7 +81,7 @@ def final_cells(suite: Suite, method: str, rate: float) -> list[Cell]:
 
 def check_methods(suite: Suite) -> None:
     """Resolve every method's settings once. Raises ConfigError with the faults of all methods."""
-    faults = []
+    faults: list[str] = []
     for name in ["baseline", *suite.methods]:
         try:
             settings_of(suite, "final", name, suite.seeds[0], None if name == "baseline" else suite.rates(name)[0])

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .cells import Cell
-from .running import Results
+from .results import Results
 
 
 def forecast(results: Results, cells: Iterable[Cell], waiting: dict[str, int], jobs: int = 1) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..meters.memory import peak_rss_bytes
 from ..meters.time import PhaseTimer
 from ..run import train
 from ..runtime import Runtime, git_state, hardware, start, versions
-from ..tasks import TASKS, Task, make_task
+from ..tasks import Task, make_task
 from ..tasks.causal_lm import CausalLM
 from ..tasks.text_metrics import text_scores
 from ..training.step import gradients
@@ -60,7 +60,7 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     info = {
         "status": "success",
         "primary": metrics["primary"],
-        "maximize": TASKS[config.task].maximize,
+        "maximize": metrics["maximize"],
         "metrics_before": metrics["before"] if final else None,
         "metrics_after": metrics["after"] | opened_up.pop("answers", {}) if final else None,
         "train_curve": _curve(Path(config.output)),

@@ -1,6 +1,7 @@
 """What a benchmark suite says: one task and budget, many methods, their learning rates and seeds."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,7 +141,7 @@ class Suite(Section):
         return self
 
     def _repeated(self) -> list[str]:
-        lists = {"seeds": self.seeds, "tuning.learning_rates": self.tuning.learning_rates}
+        lists: dict[str, Sequence[float]] = {"seeds": self.seeds, "tuning.learning_rates": self.tuning.learning_rates}
         lists |= {f"methods.{n}.learning_rates": m.learning_rates or [] for n, m in self.methods.items()}
         return [f"{name}: {values} repeats itself" for name, values in lists.items() if len(set(values)) < len(values)]
 

@@ -5,6 +5,7 @@ The counters are the whole machine's (or the whole GPU's): whatever else runs th
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Energy:
                 counter = zone / "energy_uj"
                 int(counter.read_text())  # root's alone on many machines
                 name = f"{label} ({zone.name})"
-                self._counters[name], self._ranges[name] = (lambda file=counter: _number(file)), range_
+                self._counters[name], self._ranges[name] = partial(_number, counter), range_
         if self._counters:
             self.method.append("RAPL")
 

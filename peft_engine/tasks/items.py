@@ -62,11 +62,11 @@ def outcomes(task: Task, logits: Tensor, batch: Batch, data: EncodedSet, rows: n
             "bytes": [_text_bytes(data, int(row)) if is_causal else None for row in rows],
         }
     elif kind == "tags":
-        wanted, chosen = batch["tag"].cpu().numpy(), logits.argmax(-1).cpu().numpy()
-        learned = wanted != NOT_LEARNED
+        tags, best = batch["tag"].cpu().numpy(), logits.argmax(-1).cpu().numpy()
+        learned = tags != NOT_LEARNED
         columns = {
-            "label": [line[mask].tolist() for line, mask in zip(wanted, learned, strict=True)],
-            "predicted": [line[mask].tolist() for line, mask in zip(chosen, learned, strict=True)],
+            "label": [line[mask].tolist() for line, mask in zip(tags, learned, strict=True)],
+            "predicted": [line[mask].tolist() for line, mask in zip(best, learned, strict=True)],
             "units": learned.sum(-1).tolist(),
         }
     else:
