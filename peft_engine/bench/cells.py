@@ -18,6 +18,7 @@ from .suite import Suite
 
 Kind = Literal["baseline", "tuning", "final"]
 SCHEMA = "peft-engine cell 1"
+UNTRAINED = ("batch_size", "precision", "deterministic")  # what counts of `training` where nothing is trained
 NEVER = 10**9  # steps between checkpoints: a cell saves at its end
 TUNING_TEST_ROWS = 8  # nothing looks at them, but a run has a test split
 WHOLE = 2**26  # bytes: of larger files the size and both ends stand for the content
@@ -99,6 +100,7 @@ def settings_of(suite: Suite, kind: Kind, method: str, seed: int, rate: float | 
     training = tree.setdefault("training", {})
     if method == "baseline":
         tree["adapter"] = {"method": "full"}
+        training = tree["training"] = {k: v for k, v in training.items() if k in UNTRAINED}
     else:
         own = suite.methods[method]
         tree["adapter"] = copy.deepcopy(own.adapter)
@@ -108,7 +110,9 @@ def settings_of(suite: Suite, kind: Kind, method: str, seed: int, rate: float | 
         if own.kernels is not None:
             tree["kernels"] = own.kernels
     share = suite.tuning.share if kind == "tuning" else 1.0
-    if suite.budget.steps is not None:
+    if method == "baseline":
+        pass  # it trains nothing
+    elif suite.budget.steps is not None:
         training["steps"] = max(1, round(suite.budget.steps * share))
     elif suite.budget.epochs is not None:
         training["epochs"] = suite.budget.epochs * share

@@ -60,10 +60,10 @@ class Bench:
         jobs: int = 1,
         only: str | None = None,
         limit: int | None = None,
-        program: Sequence[str] = CELL,
+        program: Sequence[str] | None = None,
     ) -> None:
         self.results, self.say = results, say
-        self.jobs, self.only, self.limit, self.program = jobs, only, limit, program
+        self.jobs, self.only, self.limit, self.program = jobs, only, limit, program or CELL
         self.running: list[Job] = []
         self.tried: set[str] = set()
         self.stopped: str | None = None
