@@ -161,18 +161,21 @@ def _files(config: Mapping[str, Any], more: Iterable[str]) -> list[str]:
     return sorted({path for path in given if path})
 
 
-@cache
 def file_digest(path: str) -> str | None:
-    """sha256 of a file, or of a folder's files with their names; None where nothing local has that name (a hub id).
-
-    Read once per process.
-    """
-    place = Path(path).expanduser()
+    """sha256 of a file, or of a folder's files with their names; None where nothing local has that name (a hub id)."""
+    place = Path(path).expanduser().absolute()
     if not place.exists():
         return None
+    files = [place] if place.is_file() else sorted(_inside(place))
+    facts = [(file, file.stat()) for file in files]
+    return _digest(place, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in facts))
+
+
+@cache
+def _digest(place: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Files, sizes and times of change: all cells of a suite read them once."""
     digest = hashlib.sha256()
-    for file in [place] if place.is_file() else sorted(_inside(place)):
-        size = file.stat().st_size
+    for file, size, _ in files:
         digest.update(f"{file.relative_to(place)}\0{size}\0".encode())
         with file.open("rb") as content:
             if size <= WHOLE:

@@ -207,7 +207,7 @@ def _place(name: str, path: KeyPath, parsed: Parsed) -> str:
 
 def _said(error: Any, where: KeyPath) -> str:
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(where[-1]), _names(), n=1)
+        near = difflib.get_close_matches(str(where[-1]), _names(where), n=1)
         return f"no such setting{f'; did you mean {near[0]}?' if near else ''}"
     if error["type"] == "missing":
         return "is missing"
@@ -215,6 +215,11 @@ def _said(error: Any, where: KeyPath) -> str:
     return text if error["type"] == "value_error" else f"got {error['input']!r}: {text}"
 
 
-def _names() -> list[str]:
-    sections: list[type[BaseModel]] = [Suite, RunBudget, Tuning, Method, GeneralText]
-    return [name for section in sections for name in section.model_fields]
+def _names(where: KeyPath) -> list[str]:
+    """The settings that could stand at this place."""
+    if len(where) == 1:
+        return list(Suite.model_fields)
+    sections: dict[str, type[BaseModel]] = {
+        "budget": RunBudget, "tuning": Tuning, "methods": Method, "general_text": GeneralText
+    }  # fmt: skip
+    return list(sections[str(where[0])].model_fields)

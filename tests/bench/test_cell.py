@@ -223,3 +223,31 @@ def test_records_that_do_not_check(tmp_path):
     write_record(path, {name: part for name, part in parts.items() if name != "run_info"})
     with pytest.raises(StorageError, match="lacks run_info"):
         read_record(path)
+
+
+METHODS = {
+    "head": {"method": "head"},
+    "bitfit": {"method": "bitfit"},
+    "dora": {"method": "lora", "dora": True, "rank": 2},
+    "ia3": {"method": "ia3"},
+    "houlsby": {"method": "houlsby", "rank": 4},
+    "prefix": {"method": "prefix", "options": {"num_virtual_tokens": 2}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_kind_of_method_is_reopened_and_measured(tmp_path, tiny_model, method):
+    made = suite(
+        tmp_path,
+        tiny_model("bert"),
+        class_rows(60),
+        budget={"steps": 2},
+        methods={"it": {"adapter": METHODS[method], "learning_rates": [1e-2]}},
+        reference="it",
+    )
+    info = run(made, final_cells(made, "it", 1e-2)[0], tmp_path / "it")["train_info"]
+    assert sum(info["items"]["loss"]) / len(info["items"]["rows"]) == pytest.approx(
+        info["metrics_after"]["loss"], rel=1e-5
+    )
+    assert info["flops_per_step"] > 0
+    assert sum(info["memory"].values()) == info["peak_bytes"]
