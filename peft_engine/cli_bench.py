@@ -21,7 +21,7 @@ from .errors import EngineError
 def bench(
     suite: str, output: str | None, jobs: int, dry_run: bool, only: str | None, limit: int | None, as_json: bool
 ) -> None:
-    """Compare methods of fine-tuning: learning rates, seeds, error bars.
+    """Compare methods over several seeds.
 
     Each cell (method, seed, learning rate) runs in a process of its own and leaves a record in the results folder. The
     same command goes on where it was stopped: finished cells are kept, failed and damaged ones run again. Learning
