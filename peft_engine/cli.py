@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .cli_report import report
 from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, completion, doctor, env, merge, show_found
 from .config_checks import TASKS
 from .errors import EngineError
@@ -314,6 +315,7 @@ def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...
 
 
 cli.add_command(merge)
+cli.add_command(report)
 
 
 @cli.command()

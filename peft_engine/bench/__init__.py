@@ -1,0 +1,1 @@
+"""Methods against full fine-tuning: cells, records, statistics, reports."""
