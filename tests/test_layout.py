@@ -50,6 +50,8 @@ ORDER = (
     "faults",
     "launching",
     "starting",
+    "bench",
+    "cli_report",
     "cli",
     "__main__",
 )

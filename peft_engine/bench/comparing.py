@@ -33,7 +33,8 @@ def compare(new: Path, old: Path) -> dict[str, Any]:
     common = [method for method in ours.finals if method in theirs.finals]
     if not common or ours.primary != theirs.primary:
         raise ConfigError(
-            f"report --against: {new} and {old} have no method in common, or different metrics ({ours.primary}, {theirs.primary}).",
+            f"report --against: {new} and {old} have no method in common, or different metrics ({ours.primary}, "
+            f"{theirs.primary}).",
             "Compare two results of the same suite.",
         )
     found: dict[str, Any] = {

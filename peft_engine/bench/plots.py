@@ -7,6 +7,7 @@ as mathematics.
 import io
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -26,7 +27,7 @@ STAND_IN = {  # colour that matplotlib draws with → CSS variable of the page
 INK, SOFT, LINE, PAPER, ACCENT, *PARTS = STAND_IN
 _SVG = "http://www.w3.org/2000/svg"
 _LINK = "http://www.w3.org/1999/xlink"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "peft-engine",
     "font.family": "DejaVu Sans",
@@ -109,7 +110,7 @@ def _frontier(table: dict[str, Any], name: str, title: str, label: str, scale: f
     axes.margins(x=0.12, y=0.1)
     axes.set_xlabel(label)
     axes.set_ylabel(table["primary"] + ("" if table["maximize"] else " (lower is better)"))
-    _label_points(axes, figure, [name for name, _, _ in points], xs, ys, [q for _, _, q in points])
+    _label_points(axes, figure, points, front)
     where = "up and left" if table["maximize"] else "down and left"
     caption = (
         f"Better is {where}. Filled circles on the dashed Pareto front: no other method is both better and cheaper by "
@@ -118,25 +119,30 @@ def _frontier(table: dict[str, Any], name: str, title: str, label: str, scale: f
     return {"id": f"plot-{name}", "title": title, "caption": caption, "svg": _svg(figure, f"plot-{name}", title)}
 
 
-def _label_points(axes: Any, figure: Any, names: list[str], xs: Any, ys: Any, bars: list[dict[str, Any]]) -> None:
-    """Each name beside its point, where it covers neither another name nor another point's bar."""
-    axes.autoscale(False)
+def _label_points(axes: Any, figure: Any, points: list[tuple[str, dict[str, float], Any]], front: list[int]) -> None:
+    """Each name beside its point, where it covers no other name, no bar and no piece of the Pareto front."""
+    names = [name for name, _, _ in points]
+    xs, ys = np.array([cost["median"] for _, cost, _ in points]), np.array([q["mean"] for _, _, q in points])
     figure.canvas.draw()
+    axes.autoscale(False)
     renderer = figure.canvas.get_renderer()
     spots = axes.transData.transform(np.column_stack([xs, ys]))
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
-    for x, bar in zip(xs, bars, strict=True):
-        (left, low), (_, high) = axes.transData.transform([(x, bar["low"]), (x, bar["high"])])
-        taken.append((left - 2, min(low, high), left + 2, max(low, high)))
+    lines = [((x, q["low"]), (x, q["high"])) for x, (_, _, q) in zip(xs, points, strict=True)]
+    lines += [((cost["low"], y), (cost["high"], y)) for y, (_, cost, _) in zip(ys, points, strict=True)]
+    for i, j in pairwise(front):
+        lines += [((xs[i], ys[i]), (xs[j], ys[i])), ((xs[j], ys[i]), (xs[j], ys[j]))]
+    for line in lines:
+        (x0, y0), (x1, y1) = axes.transData.transform(line)
+        taken.append((min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2))
     frame = axes.get_window_extent()
-    points = figure.dpi / 72
     for i in np.argsort(-ys):
         short = names[i] if len(names[i]) <= 28 else names[i][:27] + "…"
         text = axes.annotate(short, (xs[i], ys[i]), (0, 0), textcoords="offset points", fontsize=8.5)
         box = text.get_window_extent(renderer)
         width, height = box.width * 1.05, box.height
         best: tuple[float, float, float] | None = None
-        for away in (8, 14, 22, 32, 44, 58, 74, 92):
+        for away in (8.0, 14.0, 22.0, 32.0, 44.0, 58.0, 74.0, 92.0):
             for dx, dy in ((1, 0.0), (-1, 0.0), (1, 0.8), (1, -0.8), (-1, 0.8), (-1, -0.8), (0, 1), (0, -1)):
                 x = spots[i][0] + (away * dx if dx >= 0 else away * dx - width) - (width / 2 if dx == 0 else 0)
                 y = spots[i][1] + away * dy - height / 2
@@ -147,9 +153,9 @@ def _label_points(axes: Any, figure: Any, names: list[str], xs: Any, ys: Any, ba
                     break
             if best:
                 break
-        x, y, away = best or (spots[i][0] + 8, spots[i][1], 8)
+        x, y, away = best or (spots[i][0] + 8, spots[i][1], 8.0)
         taken.append((x, y, x + width, y + height))
-        text.set_position(((x - spots[i][0]) / points, (y + height * 0.22 - spots[i][1]) / points))
+        text.set_position((x - spots[i][0], y + height * 0.22 - spots[i][1]))
         if away > 14:
             end = axes.transData.inverted().transform((min(max(spots[i][0], x), x + width), y + height / 2))
             axes.plot([xs[i], end[0]], [ys[i], end[1]], color=LINE, linewidth=0.7, zorder=0.5)
@@ -249,7 +255,8 @@ def _classes(table: dict[str, Any]) -> dict[str, str] | None:
     others = [row for row in rows if row is not whole]
     chosen = next((row for row in others if row["name"] in named), others[0] if others else None)
     classes = list(rows[0]["train_info"]["per_class"])
-    if len(classes) > 30:
+    cut = len(classes) > 30
+    if cut:
         rare = sorted(classes, key=lambda one: (whole or rows[0])["train_info"]["per_class"].get(one, {}).get("f1", 0))
         classes = rare[:30]
     figure = _figure(6.6, 0.75 + 0.27 * len(classes))
@@ -262,7 +269,7 @@ def _classes(table: dict[str, Any]) -> dict[str, str] | None:
         if chosen:
             axes.plot(chosen["train_info"]["per_class"][one]["f1"], i, "o", color=ACCENT, markersize=6, zorder=3)
     axes.set_yticks(range(len(classes)), [str(one)[:30] for one in classes], color=INK)
-    axes.invert_yaxis()
+    axes.set_ylim(len(classes) - 0.4, -0.6)
     axes.set_xlabel("F1")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -270,9 +277,7 @@ def _classes(table: dict[str, Any]) -> dict[str, str] | None:
     told = ["Band: from the lowest to the highest method"]
     told += [f"upright bar: {whole['name']}"] if whole else []
     told += [f"point: {chosen['name']}"] if chosen else []
-    caption = (
-        "; ".join(told) + ". Means over seeds." + (" The 30 classes with the lowest F1." if len(classes) == 30 else "")
-    )
+    caption = "; ".join(told) + ". Means over seeds." + (" The 30 classes with the lowest F1." if cut else "")
     svg = _svg(figure, "plot-classes", "F1 by class")
     return {"id": "plot-classes", "title": "F1 by class", "caption": caption, "svg": svg}
 

@@ -66,7 +66,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     """What a reader must know before the numbers."""
     lines = []
     first, reference, primary = found["results"][0], found["reference"], found["primary"]
-    unsure = [row["name"] for row in found["results"][1:] if not row["apart_from_best"]]
+    unsure = [row["name"] for row in found["results"][1:] if first["name"] in row["not_told_apart_from"]]
     if unsure:
         lines.append(
             f"Not told apart from the best by its mean, {first['name']}: {', '.join(unsure)}. Their order says nothing."
@@ -76,8 +76,9 @@ def notes(found: dict[str, Any]) -> list[str]:
     least = min(len(row["run_info"]["seeds"]) for row in found["results"])
     if least < 10:
         lines.append(
-            f"{_count(least, 'seed')}: an interval can't reach beyond the seeds that were run. Where seeds rather than test items "
-            "make the noise it is too narrow (with 3 seeds it then holds the truth about 75 times in 100, not 95)."
+            f"{_count(least, 'seed')}: an interval can't reach beyond the seeds that were run. Where seeds rather than "
+            "test items make the noise it is too narrow (with 3 seeds it then holds the truth about 75 times in 100, "
+            "not 95)."
         )
     flat = [
         row["name"] for row in found["results"] if not row["train_info"]["metrics"].get(primary, {}).get("over_items")
@@ -117,9 +118,9 @@ def lines_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     for row in found["results"]:
         facts, run = row["train_info"], row["run_info"]
         difference, kept = facts["difference"].get(primary), facts["gain_kept"].get(primary)
-        mark = "" if row["place"] == 1 or row["apart_from_best"] else " ≈"
+        low, high = row["places"]
         cells = [
-            ("#", f"{row['place']}{mark}", row["place"]),
+            ("place", str(low) if low == high else f"{low}–{high}", row["place"]),
             ("method", row["name"], row["name"]),
             (primary, *_pair(facts["metrics"].get(primary), 4)),
             (f"minus {found['reference']}", _apart(difference), difference["mean"] if difference else None),
@@ -137,7 +138,7 @@ def lines_of(found: dict[str, Any]) -> list[dict[str, Any]]:
             ("learning rate", ", ".join(f"{rate:g}" for rate in run["learning_rate"]), run["learning_rate"][0]),
             ("seeds", str(len(run["seeds"])), len(run["seeds"])),
         ]
-        lines.append({"name": row["name"], "cells": cells, "told": bool(mark == "")})
+        lines.append({"name": row["name"], "cells": cells})
     empty = {i for i in range(len(lines[0]["cells"])) if all(line["cells"][i][1] == "–" for line in lines)}
     for line in lines:
         line["cells"] = [cell for i, cell in enumerate(line["cells"]) if i not in empty]
@@ -167,8 +168,9 @@ def _share(facts: dict[str, Any], name: str) -> tuple[str, float | None]:
 
 
 LEGEND = (
-    "Square brackets: 95% bootstrap interval over seeds and test items for scores, range over seeds for times, memory and "
-    "shares (×: the median by the reference's). * the difference is told apart from none. ≈ not told apart from the best. "
+    "Square brackets: 95% bootstrap interval over seeds and test items for scores, range over seeds for shares "
+    "(×: the median by the reference's). * the difference is told apart from none. place: where paired intervals leave "
+    "several places open, all of them. "
     "forgotten: rise of the loss on general text, nats per token."
 )
 
@@ -198,6 +200,7 @@ def as_html(found: dict[str, Any]) -> str:
 def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     """What ran, as lines of name and value."""
     run, meta = found["run_info"], found["meta_info"]
+    before = spread(found["before"]["metrics"].get(found["primary"]))
     finals = sum(len(row["run_info"]["seeds"]) for row in found["results"])
     lines = [
         ("When", f"{run['first']} to {run['last']}"),
@@ -212,7 +215,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("Data, weights", f"{_shown(meta['data_digest'])}; {_shown(meta['weights_digest'])}"),
         (
             "Before training",
-            f"{found['primary']} {spread(found['before']['metrics'].get(found['primary']))}, {found['before']['from']}",
+            f"{found['primary']} {before}, from {found['before']['from']}",
         ),
     ]
     return [(name, value) for name, value in lines if value]

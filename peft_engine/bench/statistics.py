@@ -72,7 +72,7 @@ def scores(sums: Sums) -> dict[str, np.ndarray]:
         each = _over(2 * hit, said + true)
         micro = _over(2 * hit.sum(-1), said.sum(-1) + true.sum(-1))
         found["f1_macro"] = each.mean(-1)
-        if "words" not in sums:
+        if "words" not in sums and "single" not in sums:
             found["f1_micro"] = micro
         if "single" in sums:
             right = hit.sum(-1)

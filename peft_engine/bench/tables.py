@@ -129,12 +129,19 @@ def _per_class(found: Results, method: str) -> dict[str, dict[str, float]] | Non
 
 
 def _rank(found: Results, rows: list[dict[str, Any]]) -> None:
-    """Place by mean, and whether the paired difference from the best excludes 0 (None: can't be paired)."""
-    best = found.samples[rows[0]["name"]].get(found.primary)
-    for place, row in enumerate(rows, 1):
-        one = found.samples[row["name"]].get(found.primary)
-        apart = paired(one, best) if one and best and place > 1 else None
-        row["place"], row["apart_from_best"] = place, None if apart is None else apart.excludes_zero
+    """Place by mean; the methods that a paired interval doesn't tell apart; the places that leaves open."""
+    samples = [found.samples[row["name"]].get(found.primary) for row in rows]
+
+    def apart(i: int, j: int) -> bool:
+        one, other = samples[i], samples[j]
+        between = paired(one, other) if one and other else None
+        return between is not None and between.excludes_zero
+
+    every = range(len(rows))
+    for i, row in enumerate(rows):
+        row["place"] = i + 1
+        row["places"] = [1 + sum(apart(j, i) for j in every[:i]), len(rows) - sum(apart(i, j) for j in every[i + 1 :])]
+        row["not_told_apart_from"] = [rows[j]["name"] for j in every if j != i and not apart(i, j)]
 
 
 def _before(found: Results) -> dict[str, Any]:
