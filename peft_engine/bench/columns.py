@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import DataError
 from .statistics import Sums
 
-PER_ROW = ("bytes", "tokens_right", "exact")
+PER_ROW = ("bytes", "right")  # of items of kind "tokens"
 
 
 def columns_of(items: dict[str, Any], class_names: list[str] | None = None) -> Sums:
@@ -17,18 +17,18 @@ def columns_of(items: dict[str, Any], class_names: list[str] | None = None) -> S
         DataError: lists of unequal length, or a kind that is unknown.
     """
     count = len(items["rows"])
-    wrong = [
-        name for name in ("label", "predicted", "loss", "units", *PER_ROW) if _length(items, name) not in (0, count)
-    ]
-    if wrong:
-        raise DataError(
-            f"items.{wrong[0]}: got {_length(items, wrong[0])} values for {count} rows.", "Run the cell again."
-        )
+    for name in ("label", "predicted", "loss", "units", *PER_ROW, "exact"):
+        if _length(items, name) not in (0, count):
+            raise DataError(f"items.{name}: got {_length(items, name)} values for {count} rows.", "Run the cell again.")
     found: Sums = {"rows": np.ones(count)}
     for name in ("loss", "units", *PER_ROW):
         values = items.get(name)
         if values and all(value is not None for value in values):
-            found[name] = np.asarray(values, dtype=np.float64)
+            found["tokens_right" if name == "right" else name] = np.asarray(values, dtype=np.float64)
+    judged = [value is not None for value in items.get("exact") or ()]
+    if any(judged):  # answers were generated for some of the rows
+        found["judged"] = np.asarray(judged, dtype=np.float64)
+        found["exact"] = np.asarray([value or 0.0 for value in items["exact"]], dtype=np.float64)
     if "units" not in found:
         found.pop("loss", None)
     if not _length(items, "label") or not _length(items, "predicted"):
@@ -50,15 +50,16 @@ def _length(items: dict[str, Any], name: str) -> int:
 
 
 def _classes(label: list[Any], predicted: list[Any], names: list[str] | None) -> Sums:
-    """One class per row (an id or a name), or 0/1 for each class."""
+    """One class per row (an id or a name), or 0/1 for each class. Without names (choices) only what is right."""
     several = isinstance(label[0], list)
     if several:
         true, said = np.asarray(label, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
         return {"hit": true * said, "said": said, "true": true, "right": (true == said).all(1).astype(np.float64)}
     wanted, given = _ids(label, names), _ids(predicted, names)
-    size = len(names) if names else int(max(wanted.max(), given.max())) + 1
-    true, said = np.eye(size)[wanted], np.eye(size)[given]
     right = (wanted == given).astype(np.float64)
+    if not names:
+        return {"right": right}
+    true, said = np.eye(len(names))[wanted], np.eye(len(names))[given]
     return {"hit": true * said, "said": said, "true": true, "right": right, "single": np.ones(len(right))}
 
 

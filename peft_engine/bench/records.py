@@ -1,40 +1,45 @@
-"""Records of cells: one JSON file each, with its own checksum."""
+"""Records of cells on disk, checked when read."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import StorageError
+
 SCHEMA = "peft-engine cell 1"
 
 
-def digest(record: dict[str, Any]) -> str:
-    """sha256 of the canonical JSON of a record without its own `sha256`."""
-    content = {name: value for name, value in record.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def read_record(path: Path) -> dict[str, Any]:
+    """A record that checks.
 
-
-def fault_of(path: Path) -> str | None:
-    """Why a record's file can't be trusted; None where it can."""
+    Raises:
+        StorageError: it can't be read, is no record, or its content is not what was written.
+    """
+    fix = "Run the same bench again: it makes this cell anew."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"can't be read ({type(error).__name__})"
+        raise StorageError(f"{path} can't be read: {error}.", fix) from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        return f"is not a record of schema {SCHEMA!r}"
-    return None if record.get("sha256") == digest(record) else "doesn't match its checksum"
+        raise StorageError(f"{path} is no record of a cell ({SCHEMA}).", fix)
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    content = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+        raise StorageError(f"{path} is damaged: its content does not have the checksum that it names.", fix)
+    return record
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Records under folder/cells that check, by file name. Those that don't: `faulty`."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in _files(folder) if fault_of(path) is None]
+def read_records(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """All records of a results folder.
 
-
-def faulty(folder: Path) -> dict[str, str]:
-    """File name → reason, of the records under folder/cells that don't check."""
-    found = {path.name: fault_of(path) for path in _files(folder)}
-    return {name: reason for name, reason in found.items() if reason is not None}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted((folder / "cells").glob("*.json"))
+    Returns:
+        The good ones and the faults of the others, by file name without its ending. None of the latter is to be used.
+    """
+    good, bad = {}, {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        try:
+            good[path.stem] = read_record(path)
+        except StorageError as error:
+            bad[path.stem] = error.problem
+    return good, bad

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, StorageError
+from ..errors import ConfigError, DataError, StorageError
 from .columns import columns_of
-from .records import faulty, read_records
+from .records import read_records
 from .statistics import Sample, Sums, flat_sample, resample, sample
 
 Record = dict[str, Any]
@@ -103,8 +103,9 @@ def load(folder: Path) -> Results:
     if not (folder / "cells").is_dir():
         raise ConfigError(f"{folder}: no results here, expected {folder / 'cells'}.", "Run `peft-engine bench` first.")
     found = Results(folder, _suite(folder))
-    found.left_out = [{"cell": name, "reason": f"the file {reason}"} for name, reason in faulty(folder).items()]
-    for record in sorted(read_records(folder), key=lambda one: str(one["run_info"].get("created_at"))):
+    good, bad = read_records(folder)
+    found.left_out = [{"cell": name, "reason": reason.rstrip(".")} for name, reason in bad.items()]
+    for record in sorted(good.values(), key=lambda one: str(one["run_info"].get("created_at"))):
         _place(found, record)
     if not found.finals:
         raise ConfigError(f"{folder}: no finished cell of kind `final`, so nothing to report.", "Go on with the bench.")
@@ -185,7 +186,11 @@ def _ordered(found: Results, record: Record | None) -> Sums | None:
         found.rows = ids
     if ids != found.rows:
         return None
-    return {name: column[order] for name, column in columns_of(info["items"], info.get("class_names")).items()}
+    try:
+        columns = columns_of(info["items"], info.get("class_names"))
+    except DataError as error:
+        raise DataError(f"{record['run_info']['experiment_name']}: {error.problem}", error.fix) from error
+    return {name: column[order] for name, column in columns.items()}
 
 
 def _untouched(found: Results, base: Sums | None, drawn: Sums | None) -> None:

@@ -58,7 +58,7 @@ def scores(sums: Sums) -> dict[str, np.ndarray]:
 
     Columns (see columns.py): rows; loss with units; right (rows whose label is hit); hit, said, true (…, classes) for
     F1; single for MCC; x, y, xx, yy, xy, gap for regression; bytes; tokens_right; words_right with words;
-    entity_hit, entity_said, entity_true; exact.
+    entity_hit, entity_said, entity_true; exact with judged.
     A ratio of nothing to nothing is 0, as scikit-learn has it with zero_division=0.
     """
     found: dict[str, np.ndarray] = {}
@@ -88,7 +88,7 @@ def scores(sums: Sums) -> dict[str, np.ndarray]:
         found["mean_squared_error"] = _over(np.maximum(xx + yy - 2 * xy, 0), rows)
         found["mean_absolute_error"] = _over(sums["gap"], rows)
     if "exact" in sums:
-        found["exact_match"] = _over(sums["exact"], rows)
+        found["exact_match"] = _over(sums["exact"], sums["judged"])
     if "loss" in sums:
         found["loss"] = _over(sums["loss"], sums["units"])
         if "tokens_right" in sums:

@@ -197,21 +197,22 @@ def _failed(found: Results) -> list[dict[str, Any]]:
             told_by = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             told_by = {"reason": f"its record can't be read ({type(error).__name__})"}
-        log = str(told_by.get("log_tail") or "")
+        log = told_by.get("log_tail") or ""
+        log = "\n".join(map(str, log)) if isinstance(log, list) else str(log)
         line = {"cell": path.stem, "reason": str(told_by.get("reason")), "exit_code": told_by.get("exit_code")}
+        line |= {name: told_by.get(name) for name in ("kind", "method", "seed", "learning_rate", "fix")}
         lines.append(line | {"log_tail": log[-2000:]})
     return lines
 
 
 def _missing(found: Results, failed: list[dict[str, Any]]) -> list[str]:
     """Final cells of the suite without a record, and without a failure that says why."""
-    names = [line["cell"] for line in failed]
+    known = {(line["method"], line["seed"]) for line in failed if line["kind"] == "final"}
     return [
         f"{method}/seed-{seed}"
         for method in found.suite.get("methods") or {}
         for seed in found.suite.get("seeds") or []
-        if seed not in found.finals.get(str(method), {})
-        and not any(name.startswith(f"{method}-final-{seed}-") for name in names)
+        if seed not in found.finals.get(str(method), {}) and (method, seed) not in known
     ]
 
 
