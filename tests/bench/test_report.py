@@ -155,7 +155,7 @@ def test_places_say_what_is_not_told_apart(found):
 
 
 def test_claims_are_met_on_average_or_missed(tmp_path):
-    methods = {**METHODS, "lora": (0.893, 0.0745, 500, 600_000)}
+    methods = {**METHODS, "lora": (0.897, 0.0752, 500, 600_000)}
     found = write_report(classes_folder(tmp_path, methods=methods))
     gain, step, memory = found["claims"]
     assert gain["verdict"] == "met on average"
@@ -172,7 +172,7 @@ def test_claims_are_met_on_average_or_missed(tmp_path):
 def test_variants_and_unfused_lora_are_not_the_claim(tmp_path):
     write_suite(tmp_path, ["full"], [0])
     write(tmp_path, record("full", 0, class_items(0.9, 0)))
-    for name, change, kernels in (("dora", {"dora": True}, "auto"), ("plain", {}, "off")):
+    for name, change in (("dora", {"dora": True}), ("plain", {})):
         one = record(name, 0, class_items(0.9, 0))
         one["run_info"]["config"] = {
             "adapter": {"method": "lora", **change},
