@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .results import Results
+from .scoring import Results
 from .statistics import gain_kept
 
 GAIN, STEP, MEMORY = 0.95, 0.75, 0.4

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import ConfigError
-from .results import Results, load
+from .scoring import Results, load
 from .statistics import paired
 from .tables import bounds
 

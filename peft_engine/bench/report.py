@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import StorageError
 from .claims import told_claim
 from .plots import plots
-from .results import load
+from .scoring import load
 from .tables import table
 
 SIGNS = {"met": "✓", "met on average": "~", "missed": "✗", "unknown": "?"}

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from .claims import claims
-from .results import MEASURED, Record, Results, info
+from .scoring import MEASURED, Record, Results, info
 from .statistics import Interval, class_scores, gain_kept, interval, paired, ratio, totals
 
 MEMORY = ("weights", "gradients", "optimizer", "activations")
