@@ -39,10 +39,10 @@ def _plain_lora(config: dict[str, Any]) -> bool:
 def _gain(found: Results, row: dict[str, Any]) -> dict[str, Any]:
     line = {"method": row["name"], "claim": "gain kept", "limit": GAIN, "least": True, "cells": []}
     kept = (row["train_info"]["gain_kept"] or {}).get(found.primary)
+    if found.reference not in found.finals:
+        return line | _unknown(f"{found.reference} has no finished cell")
     if kept is None:
-        return line | _unknown(
-            f"{found.reference} is missing, or its own gain over the untouched model is not told apart from none"
-        )
+        return line | _unknown(f"{found.reference}'s own gain over the untouched model is not told apart from none")
     one = found.samples[row["name"]][found.primary]
     whole, before = found.samples[found.reference][found.primary], found.before[found.primary]
     for seed in (seed for seed in one.seeds if seed in whole.seeds):

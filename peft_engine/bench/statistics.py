@@ -69,18 +69,20 @@ def scores(sums: Sums) -> dict[str, np.ndarray]:
         found["accuracy"] = _over(sums["words_right"], sums["words"])
     if "hit" in sums:
         hit, said, true = sums["hit"], sums["said"], sums["true"]
-        each = _over(2 * hit, said + true)
-        micro = _over(2 * hit.sum(-1), said.sum(-1) + true.sum(-1))
-        found["f1_macro"] = each.mean(-1)
-        if "words" not in sums and "single" not in sums:
-            found["f1_micro"] = micro
+        each = class_scores(sums)
+        found["f1_macro"] = each["f1"].mean(-1)
+        if "words" not in sums:
+            whole = class_scores({name: sums[name].sum(-1) for name in ("hit", "said", "true")})
+            for name in ("precision", "recall", "f1"):
+                found |= {f"{name}_macro": each[name].mean(-1), f"{name}_micro": whole[name]}
         if "single" in sums:
             right = hit.sum(-1)
             above = right * rows - (said * true).sum(-1)
             below = np.sqrt((rows**2 - (said**2).sum(-1)) * (rows**2 - (true**2).sum(-1)))
             found["mcc"] = _over(above, below)
     if "entity_hit" in sums:
-        found["f1"] = _over(2 * sums["entity_hit"], sums["entity_said"] + sums["entity_true"])
+        whole = class_scores({name: sums[f"entity_{name}"] for name in ("hit", "said", "true")})
+        found |= {name: whole[name] for name in ("precision", "recall", "f1")}
     if "xy" in sums:
         x, y, xx, yy, xy = (sums[name] for name in ("x", "y", "xx", "yy", "xy"))
         spread = np.sqrt(np.maximum(rows * xx - x**2, 0) * np.maximum(rows * yy - y**2, 0))
@@ -93,6 +95,7 @@ def scores(sums: Sums) -> dict[str, np.ndarray]:
         found["loss"] = _over(sums["loss"], sums["units"])
         if "tokens_right" in sums:
             found["token_accuracy"] = _over(sums["tokens_right"], sums["units"])
+            found["perplexity"] = np.exp(np.minimum(found["loss"], 700))
         if "bytes" in sums:
             found["bits_per_byte"] = _over(sums["loss"], sums["bytes"]) / np.log(2)
     return found

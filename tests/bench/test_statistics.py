@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_records import NAMES, class_items, token_items, value_items
 from scipy import stats
-from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import f1_score, precision_score, recall_score
 from sklearn import metrics
 
 from peft_engine.bench.columns import columns_of
@@ -31,6 +31,15 @@ def score(items, names=None):
     return {name: float(value) for name, value in scores(totals(columns_of(items, names))).items()}
 
 
+def averaged(wanted, given):
+    """precision, recall and F1 by scikit-learn, macro and micro."""
+    found = {}
+    for average in ("macro", "micro"):
+        three = metrics.precision_recall_fscore_support(wanted, given, average=average)
+        found |= {f"{name}_{average}": v for name, v in zip(("precision", "recall", "f1"), three, strict=False)}
+    return found
+
+
 def samples(each, names=NAMES, draws=4000):
     columns = [columns_of(items, names) for items in each]
     drawn = resample(columns, draws)
@@ -43,8 +52,8 @@ def test_class_metrics_are_scikit_learns():
     assert score(items, NAMES) == pytest.approx(
         {
             "accuracy": metrics.accuracy_score(wanted, given),
-            "f1_macro": metrics.f1_score(wanted, given, average="macro"),
             "mcc": metrics.matthews_corrcoef(wanted, given),
+            **averaged(wanted, given),
             "loss": sum(items["loss"]) / len(wanted),
         }
     )
@@ -57,7 +66,7 @@ def test_class_metrics_are_scikit_learns():
 def test_a_class_that_nobody_names_counts_as_zero():
     items = {"kind": "classes", "rows": [0, 1], "label": [0, 0], "predicted": [0, 0], "loss": [1, 1], "units": [1, 1]}
     found = score(items, ["a", "b"])
-    assert found == {"accuracy": 1.0, "f1_macro": 0.5, "mcc": 0.0, "loss": 1.0}
+    assert (found["accuracy"], found["f1_macro"], found["mcc"]) == (1.0, 0.5, 0.0)
     wanted = metrics.f1_score([0, 0], [0, 0], labels=[0, 1], average="macro", zero_division=0)
     assert found["f1_macro"] == wanted
 
@@ -69,8 +78,7 @@ def test_several_labels_per_row_are_scikit_learns():
     assert score(items, list("abcde")) == pytest.approx(
         {
             "accuracy": metrics.accuracy_score(wanted, given),
-            "f1_macro": metrics.f1_score(wanted, given, average="macro"),
-            "f1_micro": metrics.f1_score(wanted, given, average="micro"),
+            **averaged(wanted, given),
         }
     )
 
@@ -99,6 +107,7 @@ def test_token_metrics_by_hand():
     assert score(items) == pytest.approx(
         {
             "loss": nats / tokens,
+            "perplexity": math.exp(nats / tokens),
             "token_accuracy": sum(items["right"]) / tokens,
             "bits_per_byte": nats / math.log(2) / sum(items["bytes"]),
             "exact_match": 2 / 3,
@@ -115,11 +124,15 @@ def test_tags_are_seqevals_and_scikit_learns():
     items = {"kind": "tags", "rows": list(range(60)), "label": wanted, "predicted": given}
     flat = [[i for row in rows for i in row] for rows in (wanted, given)]
     known = [n.replace("L-", "E-") for n in names]  # as the engine's own meter tells seqeval
+    tags = [[[known[i] for i in row] for row in rows] for rows in (wanted, given)]
+    precision, recall, f1 = (of(*tags) for of in (precision_score, recall_score, f1_score))
     assert score(items, names) == pytest.approx(
         {
             "accuracy": metrics.accuracy_score(*flat),
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
             "f1_macro": metrics.f1_score(*flat, average="macro"),
-            "f1": entity_f1(*[[[known[i] for i in row] for row in rows] for rows in (wanted, given)]),
         }
     )
 
