@@ -1,6 +1,7 @@
 """Results folders, read and checked: which records count, and their scores under each draw."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,13 +105,20 @@ def load(folder: Path) -> Results:
         raise ConfigError(f"{folder}: no results here, expected {folder / 'cells'}.", "Run `peft-engine bench` first.")
     found = Results(folder, _suite(folder))
     good, bad = read_records(folder)
-    found.left_out = [{"cell": name, "reason": reason.rstrip(".")} for name, reason in bad.items()]
+    found.left_out = [{"cell": name, "reason": unplaced(reason, folder).rstrip(".")} for name, reason in bad.items()]
     for record in sorted(good.values(), key=lambda one: str(one["run_info"].get("created_at"))):
         _place(found, record)
     if not found.finals:
         raise ConfigError(f"{folder}: no finished cell of kind `final`, so nothing to report.", "Go on with the bench.")
     _score(found)
     return found
+
+
+def unplaced(text: str, folder: Path) -> str:
+    """`text` without where the results and the working directory lie on this machine: reports are published."""
+    for place in (folder / "cells", folder.resolve(), Path.cwd()):
+        text = text.replace(f"{place}{os.sep}", "")
+    return text
 
 
 def _suite(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from .claims import claims
-from .scoring import MEASURED, Record, Results, info
+from .scoring import MEASURED, Record, Results, info, unplaced
 from .statistics import Interval, class_scores, gain_kept, interval, paired, ratio, totals
 
 MEMORY = ("weights", "gradients", "optimizer", "activations")
@@ -199,9 +199,13 @@ def _failed(found: Results) -> list[dict[str, Any]]:
             told_by = {"reason": f"its record can't be read ({type(error).__name__})"}
         log = told_by.get("log_tail") or ""
         log = "\n".join(map(str, log)) if isinstance(log, list) else str(log)
-        line = {"cell": path.stem, "reason": str(told_by.get("reason")), "exit_code": told_by.get("exit_code")}
+        line = {
+            "cell": path.stem,
+            "reason": unplaced(str(told_by.get("reason")), found.folder),
+            "exit_code": told_by.get("exit_code"),
+        }
         line |= {name: told_by.get(name) for name in ("kind", "method", "seed", "learning_rate", "fix")}
-        lines.append(line | {"log_tail": log[-2000:]})
+        lines.append(line | {"log_tail": unplaced(log[-2000:], found.folder)})
     return lines
 
 

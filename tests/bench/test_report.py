@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 from statistics import median
 
 import made_records
@@ -202,6 +203,7 @@ def test_a_damaged_record_is_named_and_in_no_number(copied, found):
     assert told["left_out"][0]["cell"] == path.stem
     assert path.stem in (copied / "report.html").read_text()
     assert "lora/seed-1" in told["missing"]
+    assert str(copied) not in (copied / "report.html").read_text()  # reports are published
 
 
 def test_half_a_file_is_named(copied):
@@ -221,7 +223,7 @@ def test_failed_and_missing_cells_are_shown_with_their_reason(copied):
         "method": "bitfit",
         "kind": "final",
         "seed": 0,
-        "log_tail": ["a", "b"],
+        "log_tail": ["first", f"at {Path.cwd()}/peft_engine/run.py"],
     }
     (copied / "failed" / lost.name).write_text(json.dumps(why))
     done = next((copied / "cells").glob("full-final-0-*"))
@@ -230,6 +232,7 @@ def test_failed_and_missing_cells_are_shown_with_their_reason(copied):
     assert [(one["cell"], one["reason"], one["exit_code"]) for one in told["failed"]] == [
         (lost.stem, "Memory ran out.", 4)
     ]
+    assert told["failed"][0]["log_tail"] == "first\nat peft_engine/run.py"
     assert told["missing"] == ["head/seed-2"]
     for name in ("report.html", "report.md"):
         text = (copied / name).read_text()
