@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .cli_bench import bench
+from .cli_report import report
 from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, calm_libraries, completion, doctor, env, merge, show_found
 from .config_checks import TASKS
 from .errors import EngineError
@@ -312,7 +313,7 @@ def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...
     show_found(found, as_json, lambda: click.echo(text))
 
 
-for _verb in (merge, bench):
+for _verb in (merge, bench, report):
     cli.add_command(_verb)
 
 

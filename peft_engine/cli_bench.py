@@ -1,7 +1,5 @@
 """The benchmark verbs."""
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -123,8 +121,7 @@ def _print_end(found: dict[str, Any]) -> None:
 
 def _write_report(results: Any) -> None:
     """The report of what is there so far, where there is something to compare."""
-    if find_spec("peft_engine.bench.report") is None or not any(
-        record["run_info"]["kind"] == "final" for record in results.records.values()
-    ):
-        return
-    import_module("peft_engine.bench.report").write_report(results.folder)
+    if any(record["run_info"]["kind"] == "final" for record in results.records.values()):
+        from .bench.report import write_report
+
+        write_report(results.folder)

@@ -52,6 +52,7 @@ ORDER = (
     "starting",
     "bench",
     "cli_bench",
+    "cli_report",
     "cli",
     "__main__",
 )

@@ -299,7 +299,9 @@ def test_the_command_line(place, monkeypatch):
     from peft_engine.cli import cli
     from peft_engine.errors import EngineError
 
+    reported: list[Path] = []
     monkeypatch.setattr(running, "CELL", FAKE)
+    monkeypatch.setattr("peft_engine.bench.report.write_report", reported.append)
     (place / "table.json").write_text(json.dumps({"lora/rate-0.01": [0.9], "full/seed-1": "fail 4"}))
     call = ["bench", "suite.yaml", "--output", "out"]
     dry = CliRunner().invoke(cli, [*call, "--dry-run"])
@@ -318,6 +320,7 @@ def test_the_command_line(place, monkeypatch):
     assert found["predicted"]["seconds"] == 16
     (place / "table.json").write_text("{}")
     assert CliRunner().invoke(cli, call).exit_code == 0
+    assert reported == [Path("out")] * 2, "also of what is there beside a failure"
 
 
 def test_suite_is_unchanged_by_reading(go, place):
