@@ -1,5 +1,7 @@
 """peft-engine: parameter-efficient fine-tuning that is fast, says what it costs, and never fails silently."""
 
+import logging
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,18 @@ _HOME = {
     "generate": "using",
     "predict": "using",
 }
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    """Whether bitsandbytes is right about the package `kernels`: in the root of this repository it takes a folder of
+    that name for one, and warns that it is too old.
+    """
+    found = sys.modules.get("kernels")
+    folder_only = found is not None and getattr(found, "__file__", None) is None
+    return not (folder_only and "cannot import name" in record.getMessage() and "'kernels'" in record.getMessage())
+
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_true)
 
 
 def __getattr__(name: str) -> Any:

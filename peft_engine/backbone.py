@@ -180,10 +180,16 @@ def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dty
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def digest_weights(model: nn.Module) -> str:
-    """sha256 over a sample of every parameter: name, shape, dtype and up to 4,096 evenly spaced values."""
+def digest_weights(model: nn.Module, apart: tuple[str, ...] = ()) -> str:
+    """sha256 over a sample of every parameter: name, shape, dtype and up to 4,096 evenly spaced values.
+
+    Args:
+        apart: beginnings of the names of those that are left out.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
+        if name.startswith(apart):
+            continue
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].to(torch.float32).cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -16,6 +16,7 @@ from .adapters.methods import adapt
 from .adapters.neftune import Neftune
 from .adapters.new_rows import with_new_tokens
 from .adapters.peft_methods import refuse_failing, virtual_tokens
+from .adapters.routers import told_of_balance, without_balance_loss
 from .adapters.selecting import select_trainable
 from .adapters.sharding import shard
 from .adapters.warm_start import start_from
@@ -60,6 +61,7 @@ def build_group(
 ) -> Group:
     """The backbone on its device with the members of `specs` (one, of the config, by default)."""
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
+    had_balance = without_balance_loss(backbone.model)
     if config.data.packing:
         refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
     specs = specs or [MemberSpec("default", config.training.seed, config.training.learning_rate)]
@@ -68,6 +70,8 @@ def build_group(
     refuse_failing(group, lambda model: task.forward(model, task.probe(group.backbone.model)))
     group.started_from = start_from(group, config, getattr(task, "labels", None))
     select_trainable(group, config.training)
+    if had_balance:
+        backbone.decisions["balance_loss"] = told_of_balance(group)
     if config.training.neftune_alpha is not None:
         group.noise = Neftune(backbone.model, config.training.neftune_alpha)
     refuse_mixed_dtypes(group, runtime)

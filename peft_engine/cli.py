@@ -13,7 +13,7 @@ from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, calm_libraries, completi
 from .config_checks import TASKS
 from .errors import EngineError
 from .faults import explain, leave, several, told_by_another
-from .printing import print_metrics, print_summary
+from .printing import print_dropped, print_metrics, print_summary
 
 
 class InOrder(click.Group):
@@ -174,7 +174,12 @@ def evaluate(run: str, split: Any, data: str | None, overrides: tuple[str, ...],
     from .using import evaluate as run_evaluate
 
     found = run_evaluate(run, split, data=data, overrides=overrides)
-    show_found(found, as_json, lambda: print_metrics(found["metrics"]))
+
+    def show() -> None:
+        print_dropped(found)
+        print_metrics(found["metrics"])
+
+    show_found(found, as_json, show)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from .config_methods import MERGES
 from .errors import ConfigError, EngineError
 
+BASH_PLAIN = "COMPREPLY+=($value)"  # of click's script: takes one of the words
 COMPLETE = "_PEFT_ENGINE_COMPLETE"  # click's name for a program called peft-engine
 
 
@@ -25,6 +28,10 @@ def _settings(context: click.Context, parameter: click.Parameter, incomplete: st
 
     names = (".".join(map(str, path)) for path in leaves())
     return [CompletionItem(f"{name}=") for name in names if name.startswith(incomplete)]
+
+
+def _merges(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in MERGES if name.startswith(incomplete)]
 
 
 OVERRIDES = click.option(
@@ -60,6 +67,7 @@ def calm_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's frames of C++ where a process has ended
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -72,6 +80,7 @@ def calm_libraries() -> None:
     default="cat",
     show_default=True,
     metavar="METHOD",
+    shell_complete=_merges,
     help="cat (the exact sum), svd, linear, ties, dare_linear, dare_ties, magnitude_prune; but for cat and linear "
     "also with _svd behind it.",
 )
@@ -120,11 +129,14 @@ def _weighted(text: str) -> tuple[str, float]:
     if not equals:
         return text, 1.0
     try:
-        return path, float(weight)
-    except ValueError as error:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise ConfigError(
-            f"merge: got {text!r}, expected RUN=WEIGHT with a number.", "Write it like runs/mine=0.5."
-        ) from error
+            f"merge: got {text!r}, expected RUN=WEIGHT with a finite number.", "Write it like runs/mine=0.5."
+        )
+    return path, number
 
 
 @click.command()
@@ -191,4 +203,7 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     root = click.get_current_context().find_root().command
-    click.echo(found(root, {}, "peft-engine", COMPLETE).source())
+    text = found(root, {}, "peft-engine", COMPLETE).source()
+    if shell == "bash":  # else a blank would come between `--set training.epochs=` and its value
+        text = text.replace(BASH_PLAIN, f"{BASH_PLAIN}\n            [[ $value == *= ]] && compopt -o nospace")
+    click.echo(text)

@@ -110,8 +110,8 @@ class AdapterConfig(Section):
     """Dropout on the adapter's input, where the method has it (lora, adalora, hira, vera, randlora, miss, ...)."""
     targets: str | list[str] = "all-linear"
     """`all-linear` (every Linear and Conv1D but the output head; where a model has none, as convolutional ones, every
-    convolution; the norms for `layernorm`), one regular expression for full module names, or a list of module-name
-    endings. Each must match something."""
+    convolution but grouped ones that the method can't take; the norms for `layernorm`), one regular expression for full
+    module names, or a list of module-name endings. Each must match something."""
     layers: list[Annotated[int, Field(ge=0)]] | LayersConfig | None = None
     """Adapt only these layers: indices from 0, or `{last: 6}`, or `{first: 6}`; null is all."""
     rank_pattern: dict[str, Count] = {}
@@ -174,7 +174,7 @@ class CleanConfig(Section):
     malformed: Literal["refuse", "drop"] = "refuse"
     """Rows that can't be read or lack a part that is needed, in any split. More than half of a file is refused."""
     empty: Literal["refuse", "drop"] = "refuse"
-    """Rows whose text or label is empty, in any split."""
+    """Rows of which a part (text, label, words, choices, messages, image) is empty or null, in any split."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Rows that repeat an earlier one of their split, answer included."""
     contradictory: Literal["keep", "drop", "majority"] = "keep"
@@ -251,7 +251,8 @@ class DataConfig(Section):
     """What is done with faulty rows."""
     near_duplicates: Literal["off", "report", "drop"] = "report"
     """Training rows that nearly repeat an evaluation or test row (MinHash over word 3-grams where `datasketch` is
-    installed, else equal but for case, punctuation and spacing): report them, or drop them from training."""
+    installed, else equal but for case, punctuation and spacing): report them, or drop them from training. Images are
+    only compared exactly."""
     near_threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity from which on two rows are near duplicates."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"

@@ -5,6 +5,7 @@ reported together.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
 from peft_engine.config_options import option_faults
+from peft_engine.config_preference import preference_faults
 
 KeyPath = tuple[str | int, ...]
 Tree = Mapping[str, Any]
@@ -49,6 +51,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "data.packing": ("causal-lm",),
     "data.pack_tokens": ("causal-lm",),
     "data.streaming": ("causal-lm", "text-classification", "seq2seq"),
+    "data.group_by_length": TEXT,
     "data.image_size": ("image-classification",),
     "data.augment.image": ("image-classification",),
     "data.augment.text": TEXT,
@@ -56,6 +59,7 @@ TASK_ONLY: dict[str, tuple[str, ...]] = {
     "evaluation.max_new_tokens": ("causal-lm", "seq2seq"),
     "evaluation.num_beams": ("seq2seq",),
     "preference": PREFERENCE,
+    "preference.beta": ("dpo", "orpo", "kto"),
     "training.neftune_alpha": TEXT,
     "training.ema_decay": (*TEXT, "image-classification"),
     "training.trainable": (*TEXT, "image-classification"),
@@ -99,7 +103,7 @@ def inapplicable(values: Tree) -> dict[str, str]:
                 found[f"adapter.{name}"] = _not_of_method(method, name)
     if task is not None:
         for name, owners in TASK_ONLY.items():
-            if task not in owners:
+            if task not in owners and name.rpartition(".")[0] not in found:  # a section is named once
                 tasks = f"task {owners[0]}" if len(owners) == 1 else f"tasks {', '.join(owners)}"
                 found[name] = f"applies to {tasks} only, and the task is {task}; remove it"
     if lookup(values, "training.optimizer") == "adafactor":
@@ -140,6 +144,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _labels,
         _sources,
         _class_weights,
+        _preference,
         _augment,
         _targets,
         _layers,
@@ -167,9 +172,12 @@ def _empty_text(values: Tree) -> Iterator[Fault]:
 
 
 def _splits(values: Tree) -> Iterator[Fault]:
+    if lookup(values, "task") == "image-classification" and lookup(values, "data.near_duplicates") == "drop":
+        text = "got drop, and of images only equal ones are found, which never stay in train; write report"
+        yield Fault(("data", "near_duplicates"), text)
     evaluation, test = lookup(values, "data.eval"), lookup(values, "data.test")
     for name, source in (("eval", evaluation), ("test", test)):
-        if source is not None and source in train_sources(values):
+        if source is not None and _same(source) in map(_same, train_sources(values)):
             yield Fault(
                 ("data", name),
                 f"got {source}, the same as data.train: the result would be measured on what was learned; "
@@ -219,6 +227,12 @@ def train_sources(values: Tree) -> list[str]:
     return [train] if train is not None else []
 
 
+def _same(source: Any) -> str:
+    """A file or folder by its resolved path, however it is written; a hub name as it is."""
+    path = os.path.expanduser(str(source))
+    return os.path.realpath(path) if os.path.exists(path) else str(source)
+
+
 def _labels(values: Tree) -> Iterator[Fault]:
     labels = lookup(values, "data.labels")
     if labels is None:
@@ -244,9 +258,16 @@ def _sources(values: Tree) -> Iterator[Fault]:
             told = f"applies to the tasks that train in our own loop, and the task is {task}; remove it"
             yield Fault(("data", "train", i, "weight"), told)
     for i, path in enumerate(paths):
-        if path in paths[:i]:
+        if _same(path) in map(_same, paths[:i]):
             text = f"got {path} a second time; name it once, with a weight"
             yield Fault(("data", "train", i, "path"), text)
+
+
+def _preference(values: Tree) -> Iterator[Fault]:
+    task, adapter = lookup(values, "task"), lookup(values, "adapter")
+    if task in PREFERENCE and adapter:
+        for name, text in preference_faults(task, adapter):
+            yield Fault(("adapter", name), text)
 
 
 def _class_weights(values: Tree) -> Iterator[Fault]:

@@ -74,6 +74,21 @@ PEFT_TYPES = {
 """Where our name is not peft's own in lower case with dashes."""
 
 
+MERGES = (
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+"""How `merge` adds adapters up."""
+
 PROMPTS = ("prefix", "prompt", "p-tuning", "multitask-prompt", "cpt", "cartridge")
 """Methods that train virtual tokens before the input (or before every layer's keys and values)."""
 VIRTUAL_TOKENS = 20

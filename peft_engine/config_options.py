@@ -83,6 +83,8 @@ def _trial(method: str, adapter: Mapping[str, Any], steps: int | None) -> dict[s
     targets, layers, init = adapter["targets"], adapter["layers"], adapter["init"]
     if "target_modules" in peft_names(method):
         fields["target_modules"] = targets if isinstance(targets, list) else ["linear"]
+    if method == "ia3" and not isinstance(targets, list):
+        fields["target_modules"] = None  # feedforward_modules is compared with the real ones at injection
     if method == "lora":
         fields["use_dora"] = adapter["dora"]
         fields["init_lora_weights"] = True if init == "default" else NEEDS_DATA.get(init, init)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .adapters.files import save_adapter
@@ -19,7 +20,7 @@ from .adapters.new_rows import grow
 from .adapters.peft_methods import trim_prompts
 from .backbone import embeddings_of
 from .config import Config
-from .config_methods import BOTTLENECK
+from .config_methods import BOTTLENECK, PROMPTS
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
@@ -30,6 +31,10 @@ from .tasks.text_classification import MeanPooled
 LABELS = "labels.json"
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest tolerated |difference| of logits, as a share of the largest |logit|, per dtype of the weights."""
+IN_ENGINE = (
+    "Other libraries can't load such a run: use it through peft-engine (evaluate, predict, generate on the run's "
+    "folder), or train lora."
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
     if not isinstance(group.model, PeftModel):
         raise ConfigError(
             f"A run of adapter.method {group.method} holds no peft adapter that plain peft could load.",
-            "Its files load in this engine." if config.adapter.method in BOTTLENECK else "Use export --merged.",
+            IN_ENGINE if config.adapter.method in BOTTLENECK else "Use export --merged.",
         )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
@@ -123,7 +128,13 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
         raise ConfigError(
             f"adapter.method: a {config.adapter.method} adapter is a network between the layers; it can't be folded "
             "into the weights.",
-            "Export it without --merged, or train lora.",
+            IN_ENGINE,
+        )
+    if config.adapter.method in PROMPTS:
+        raise ConfigError(
+            f"adapter.method: what {config.adapter.method} trains are virtual tokens before the text; they can't be "
+            "folded into the weights.",
+            "Export it without --merged and load the adapter with peft, or train lora.",
         )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
@@ -143,17 +154,25 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
 
 
 def _merge(model: PeftModel) -> Any:
-    """Fold the adapter in. Embeddings that share their weight with the output head part from it first, where only one
-    of the two was trained: else its update would enter both (trap 13).
+    """Fold the adapter in.
+
+    Fully trained modules take the place of peft's wrappers first: some methods leave these there (layernorm), or give
+    a head of several parts a weight that it has not (loha). Embeddings that share their weight with the output head
+    part from it, where only one of the two was trained: else its update would enter both (trap 13).
     """
     base: Any = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+            base.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     ends: list[Any] = list(embeddings_of(base))
     for end in ends:
         layer: Any = end.get_base_layer() if isinstance(end, BaseTunerLayer) else None
         if layer is not None and all(e is not None for e in ends) and ends[0].weight is ends[1].weight:
             layer.weight = nn.Parameter(layer.weight.detach().clone())
+    merge: Any = getattr(model, "merge_and_unload", None)
+    if merge is None:
+        raise ConfigError("peft has no way to fold this adapter into the weights.", "Export it without --merged.")
     try:
-        merge: Any = model.merge_and_unload
         return merge(safe_merge=True)
     except (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError) as error:
         raise ConfigError(f"peft can't merge this adapter: {error}", "Export it without --merged.") from error

@@ -1,6 +1,7 @@
 """Text that a model makes: prompts of rows, greedy or sampled continuation, exact match."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def generate_text(
     prompts: list[str],
     max_new_tokens: int,
     *,
-    templated: bool,
+    templated: bool | Sequence[bool],
     temperature: float = 0.0,
     streamer: TextStreamer | None = None,
 ) -> list[str]:
@@ -45,7 +46,7 @@ def generate_text(
 
     Args:
         max_new_tokens: at most; fewer where the model's positions end.
-        templated: the prompts come from a chat template, which already holds the special tokens (trap 18).
+        templated: the prompts come from a chat template, which already holds the special tokens (trap 18); or of each.
 
     Returns:
         The new text of each, special tokens left out.
@@ -54,7 +55,9 @@ def generate_text(
         DataError: a prompt fills the model's positions.
     """
     # by the road of training: one BOS, and no EOS after the prompt from tokenizers that add one
-    encoded = [encode_rendered(tokenizer, Rendered(t, []), "the prompt", not templated)[0] for t in prompts]
+    flags = [templated] * len(prompts) if isinstance(templated, bool) else templated
+    sides = zip(prompts, flags, strict=True)
+    encoded = [encode_rendered(tokenizer, Rendered(t, []), "the prompt", not flag)[0] for t, flag in sides]
     longest = max(map(len, encoded))
     positions = positions_of(model)
     if positions is not None and longest >= positions:
@@ -99,9 +102,9 @@ def exact_match(
 ) -> dict[str, Any]:
     """Share of rows whose generated answer is the reference, both stripped of outer white space."""
     pairs = [prompt_and_answer(example, tokenizer) for example in examples]
+    templated = [is_conversation(example) for example, (_, answer) in zip(examples, pairs, strict=True) if answer]
     pairs = [(prompt, answer) for prompt, answer in pairs if answer]
     prompts = [prompt for prompt, _ in pairs]
-    templated = bool(examples) and is_conversation(examples[0])
     texts = generate_all(model, tokenizer, prompts, max_new_tokens, batch_size, templated=templated)
     right = sum(text.strip() == str(answer).strip() for text, (_, answer) in zip(texts, pairs, strict=True))
     return {"exact_match": right / len(pairs), "generated_rows": len(pairs)} if pairs else {}
@@ -114,18 +117,24 @@ def generate_all(
     max_new_tokens: int,
     batch_size: int,
     *,
-    templated: bool,
+    templated: Sequence[bool],
 ) -> list[str]:
-    """`generate_text`, `batch_size` prompts at once; several processes do a share each."""
+    """`generate_text`, `batch_size` prompts at once; several processes do a share each.
+
+    Args:
+        templated: of each prompt.
+    """
+    given = list(zip(prompts, templated, strict=True))
     rounds = math.ceil(math.ceil(len(prompts) / processes.world()) / batch_size)
 
-    def work(own: list[str]) -> list[str]:
+    def work(own: list[tuple[str, bool]]) -> list[str]:
         texts: list[str] = []
         for start in range(0, rounds * batch_size, batch_size):
             part = own[start : start + batch_size]
             if part or is_sharded(model):  # a sharded model runs in all processes at once
-                found = generate_text(model, tokenizer, part or prompts[:1], max_new_tokens, templated=templated)
+                together, flags = zip(*(part or given[:1]), strict=True)
+                found = generate_text(model, tokenizer, list(together), max_new_tokens, templated=flags)
                 texts += found[: len(part)]
         return texts
 
-    return processes.spread(prompts, work)
+    return processes.spread(given, work)

@@ -13,6 +13,7 @@ from .data.encoding import EncodedSet, cache_folder
 from .data.image_sheets import image_preview, write_sheet
 from .data.inspecting import inspect_splits, mask_preview, print_inspection
 from .data.loading import encode_split, load_splits
+from .data.splitting import Splits
 from .errors import ConfigError
 from .runtime import combine
 from .tasks import Task, make_task
@@ -23,7 +24,7 @@ from .tasks.weighting import weights_by_class
 def inspect_data(
     config: Config, preview_rows: int, sheet: str | None = None
 ) -> tuple[dict[str, Any], Callable[[Console], None]]:
-    """Numbers about a run's data, and a function that prints them with the mask of its first training rows.
+    """Numbers about a run's data and the mask of its first training rows, and a function that prints both.
 
     Rows that teach nothing are told and the first of them shown, not refused.
 
@@ -40,6 +41,8 @@ def inspect_data(
     encoded["train"] = for_training(encoded["train"], splits, task, config)
     report = inspect_splits(splits, encoded)
     report["class_weights"] = weights_by_class(encoded["train"], splits.labels)
+    report["augmentation"] = _augmentation(config)
+    report["preview"] = _rows(task, encoded["train"], splits, config, preview_rows)
     if sheet:
         write_sheet(sheet, encoded["train"], config.data.augment.image, config.training.seed)
 
@@ -52,8 +55,7 @@ def inspect_data(
             console.print(f"\n{splits.train.where[int(encoded['train'].rows[row])]}", style="bold", highlight=False)
             console.print(Text.from_ansi(_preview(task, encoded["train"], row, console.is_terminal)), soft_wrap=True)
             if encoded["train"].change is not None and "pixels" not in encoded["train"].columns:
-                seed = combine(config.training.seed, 4, 1)  # as the first step would have it
-                changed, _ = encoded["train"].drawn(np.array([row]), seed)
+                changed = _changed(encoded["train"], row, config)
                 console.print("augmented:", style="bold", highlight=False)
                 console.print(Text.from_ansi(_preview(task, changed, 0, console.is_terminal)), soft_wrap=True)
         if told := describe(config.data.augment.image):
@@ -66,6 +68,34 @@ def inspect_data(
             console.print(Text.from_ansi(shown), soft_wrap=True)
 
     return report, show
+
+
+def _augmentation(config: Config) -> dict[str, Any]:
+    """What changes training rows, by kind; nothing of what is off."""
+    texts = {name: value for name, value in config.data.augment.text.model_dump().items() if value}
+    images = describe(config.data.augment.image) if config.task == "image-classification" else ""
+    return ({"text": texts} if texts else {}) | ({"image": images} if images else {})
+
+
+def _rows(task: Task, data: EncodedSet, splits: Splits, config: Config, most: int) -> list[dict[str, Any]]:
+    """The first training rows for JSON: where each stands, and of texts what is read, learned between ⟦ and ⟧, with
+    what the first step would make of it; then those that are dropped, with their reason."""
+    found: list[dict[str, Any]] = []
+    for row in range(min(most, len(data))):
+        told: dict[str, Any] = {"where": splits.train.where[int(data.rows[row])]}
+        if "pixels" not in data.columns:
+            told["text"] = _preview(task, data, row, False)
+            if data.change is not None:
+                told["augmented"] = _preview(task, _changed(data, row, config), 0, False)
+        found.append(told)
+    found += [{"where": splits.train.where[row], "dropped": reason} for row, reason in data.dropped[:most]]
+    return found
+
+
+def _changed(data: EncodedSet, row: int, config: Config) -> EncodedSet:
+    """A row as the first step would have it."""
+    changed, _ = data.drawn(np.array([row]), combine(config.training.seed, 4, 1))
+    return changed
 
 
 def _preview(task: Task, data: EncodedSet, row: int, colour: bool) -> str:

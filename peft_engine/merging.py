@@ -9,6 +9,7 @@ How far the result is from Σ wᵢ·Δᵢ is measured on the written file and to
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,10 +23,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters.files import SETTINGS, WEIGHTS, read_adapter, refuse_difference
 from .config import Config
+from .config_methods import MERGES
 from .config_reading import to_yaml
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
@@ -35,19 +37,6 @@ from .runtime import command, seed_everything, start, versions
 from .tasks import make_task
 from .training.checkpoint import digest_file
 
-METHODS = (
-    "cat",
-    "svd",
-    "linear",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
 FACTORS = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 RESULT, AGAIN = "merge_result", "merge_again"
 
@@ -89,7 +78,7 @@ def merge(
             negative and need not add up to 1.
         target: folder to write. Its `adapter/` loads in plain peft; its config.yaml is the first run's, with the
             merged adapter's rank and alpha.
-        method: one of METHODS.
+        method: one of MERGES.
         density: share of values that ties, dare and magnitude_prune keep.
         rank: of the result of the svd methods; the largest of the sources' by default.
         head: the run whose fully trained modules (a classifier) the result gets, where they differ.
@@ -146,8 +135,12 @@ def _refuse_arguments(
     prunes = method.startswith(("ties", "dare", "magnitude"))
     if len(sources) < 2:
         raise ConfigError(f"merge: got {len(sources)} run(s), expected two or more.", "Name them as RUN=WEIGHT.")
-    if method not in METHODS:
-        raise ConfigError(f"merge: got method {method!r}, expected one of {', '.join(METHODS)}.", "Use cat.")
+    for path, weight in sources:
+        if not abs(weight) <= torch.finfo(torch.float32).max:
+            said = f"merge: got weight {weight} for {path}, expected a finite number that fp32 holds."
+            raise ConfigError(said, "Take one like 0.5.")
+    if method not in MERGES:
+        raise ConfigError(f"merge: got method {method!r}, expected one of {', '.join(MERGES)}.", "Use cat.")
     if prunes != (density is not None):
         said = "needs a density, the share of values to keep" if prunes else "takes no density"
         raise ConfigError(f"merge: {method} {said}.", "Add --density 0.5." if prunes else "Leave --density out.")
@@ -249,6 +242,8 @@ def _combine(
     """The merged factors by the names of the file, and settings that scale them by 1."""
     names = [_name(number) for number in range(len(found))]
     weights = [source.weight for source in found]
+    if method.endswith("svd"):
+        _refuse_rank(model, names, rank or max(model.peft_config[name].r for name in names))
     try:
         model.add_weighted_adapter(names, weights, RESULT, combination_type=method, density=density, svd_rank=rank)
     except (ValueError, RuntimeError, TypeError) as error:
@@ -258,10 +253,30 @@ def _combine(
     tensors = {
         name: _widened(name, tensor.detach().cpu().float(), settings.r) for name, tensor in found_tensors.items()
     }
+    broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    if broken is not None:
+        raise ConfigError(
+            f"merge: {broken} of the sum is not finite; the weights were {', '.join(f'{w:g}' for w in weights)}.",
+            "Take smaller weights, or leave out a run whose adapter is not finite.",
+        )
     # the scales are in the factors; with rslora's, peft would apply sqrt(rank) once more
     settings.use_rslora, settings.lora_alpha = False, settings.r
     settings.inference_mode = True
     return tensors, settings
+
+
+def _refuse_rank(model: nn.Module, names: Sequence[str], rank: int) -> None:
+    """A product of B and A has no higher rank than its module is narrow."""
+    widths = {}
+    for name, layer in model.named_modules():
+        for a, b in [pair for n in names if isinstance(layer, LoraLayer) and (pair := _factors(layer, n))]:
+            widths[name.removeprefix("base_model.model.")] = min(b.flatten(1).shape[0], a.flatten(1).shape[1])
+    narrow = min(widths, key=widths.__getitem__)
+    if rank > widths[narrow]:
+        raise ConfigError(
+            f"merge: rank {rank} is more than svd can give {narrow}, {widths[narrow]} wide.",
+            f"Take --rank {widths[narrow]} or less, or cat.",
+        )
 
 
 def _widened(name: str, tensor: Tensor, rank: int) -> Tensor:
@@ -300,17 +315,29 @@ def _verify(model: Any, found: Sequence[Source], folder: Path, tensors: dict[str
             if isinstance(wanted, Tensor) and have is not None:
                 difference += float((have - wanted).square().sum())
                 size += float(wanted.square().sum())
-    return float((difference / size) ** 0.5) if size else 0.0
+    distance = float((difference / size) ** 0.5) if size else 0.0
+    if not math.isfinite(distance):
+        raise VerificationError(
+            f"{folder / WEIGHTS}: its distance from the weighted sum is {distance}.", "Report this."
+        )
+    return distance
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
+    """A and B of one adapter; None for a layer that it does not have."""
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return None
 
 
 def _delta(layer: Any, adapter: str) -> Tensor | None:
     """scale·B·A of one adapter, fp64 (out, in); kernels of convolutions flattened."""
-    if adapter in layer.lora_A:
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    elif adapter in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    else:
+    found = _factors(layer, adapter)
+    if found is None:
         return None
+    a, b = found
     return layer.scaling[adapter] * (b.detach().double().flatten(1) @ a.detach().double().flatten(1))
 
 

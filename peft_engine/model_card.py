@@ -11,6 +11,7 @@ from .config import Config
 from .data.labels import Labels
 from .data.mixing import name_of
 from .tasks.text_classification import MeanPooled
+from .tasks.timm_models import WRAPPER
 
 PEFT_CAUSAL = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -37,6 +38,7 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()
 batch = processor([Image.open("some.png").convert("RGB")], return_tensors="pt")
 with torch.no_grad():
     logits = model(**batch).logits"""
+TIMM_FILE = 'image_processor_filename="preprocessor_config.json"'  # transformers looks into config.json by itself
 PEFT_TAGS = """from peft import PeftModel
 from transformers import AutoModelForTokenClassification
 
@@ -213,7 +215,10 @@ def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
     if config.task == "causal-lm":
         return PEFT_CAUSAL.format(path=config.model.path)
     if config.task == "image-classification":
-        return PEFT_IMAGES.format(path=config.model.path, outputs=outputs)
+        snippet = PEFT_IMAGES.format(path=config.model.path, outputs=outputs)
+        if group.backbone.model.config.model_type == WRAPPER:
+            snippet = snippet.replace('backend="pil"', TIMM_FILE).replace("AutoImage", "TimmWrapperImage")
+        return snippet
     if config.task == "seq2seq":
         return PEFT_SEQ2SEQ.format(path=config.model.path)
     if config.task == "token-classification":

@@ -22,8 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .config import Config
 from .data.splitting import Split
-from .errors import ConfigError, Diverged, EngineError, OutOfMemory
+from .errors import ConfigError, DataError, Diverged, EngineError, OutOfMemory
 from .meters.memory import LiveBytes
+from .reference import copy_to_reference, one_start, reference_numbers
 from .runtime import seed_everything
 from .session import Run
 from .training.guards import check_gradients, is_out_of_memory
@@ -82,6 +83,26 @@ class PreferenceRun(Run):
                 raise ConfigError(f"training.{name} is not built for task {self.config.task}.", "Remove it.")
         if self.config.training.precision == "fp16" or self.runtime.precision == "fp16":
             raise ConfigError(f"task: {self.config.task} does not train in fp16 here.", "Set training.precision: fp32.")
+        if self.config.task == "reward" and self.task.processor.eos_token is None:
+            raise ConfigError(
+                f"model.path: the tokenizer of {self.config.model.path} has no end-of-text token, which TRL's "
+                "RewardTrainer closes texts by.",
+                "Take a causal language model as the backbone.",
+            )
+        if self.config.task == "kto":
+            self._refuse_one_sided()
+
+    def _refuse_one_sided(self) -> None:
+        """KTO's margin, and what it learns from, is between good and bad answers."""
+        for name in ("train", "eval", "test"):
+            split = getattr(self.splits, name)
+            shown = {example["label"] for example in split.examples} if split else {True, False}
+            if len(shown) == 1:
+                raise DataError(
+                    f"data: all {len(split.examples)} rows of the {name} split have the label {str(*shown).lower()}; "
+                    "kto compares good answers with bad ones.",
+                    "Give rows of both kinds, or make that split larger (data.split, data.limit).",
+                )
 
     def _loop(self) -> Any:
         return self.driver
@@ -99,9 +120,7 @@ class PreferenceRun(Run):
 
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         summary = super()._summary(after)
-        # TRL's reference: a frozen copy of the adapter's start
-        copies = [p.numel() for name, p in self.group.model.named_parameters() if ".ref." in name]
-        summary["total_parameters"] -= sum(copies)
+        summary["total_parameters"] -= reference_numbers(self.group.model)
         summary["decisions"] |= {"trainer": self.driver.described, "dropout": self.driver.dropout}
         return summary
 
@@ -122,7 +141,7 @@ class Driver:
         self.reason: EngineError | None = None
         self.steps = Steps(self)
         first = "eval" if "eval" in run.data else run._final_split()
-        with quiet(), refused(run.config.task):
+        with quiet(), refused(run.config.task), one_start(run.group.model):
             self.trainer: Any = type(f"Engine{trainer.__name__}", (Hooked, trainer), {"driver": self})(
                 model=run.group.model,
                 args=arguments,
@@ -132,6 +151,7 @@ class Driver:
                 callbacks=[self.steps],
                 optimizers=(optimizer, constant),
             )
+        copy_to_reference(run.group.model)
         self.trainer.remove_callback(PrinterCallback)
         self.prepared = {first: self.trainer.eval_dataset}
         off = getattr(arguments, "disable_dropout", False)
@@ -182,6 +202,13 @@ class Driver:
             "dataloader_pin_memory": False,
             "full_determinism": False,
         }
+        if "router_aux_loss_coef" in known:
+            if options.pop("router_aux_loss_coef", None):
+                raise ConfigError(
+                    "preference.options.router_aux_loss_coef: the balance loss would depend on how a step is cut.",
+                    "Remove it: the engine does not train it.",
+                )
+            given["router_aux_loss_coef"] = 0.0  # TRL takes the model's own otherwise
         if "beta" in known:
             given["beta"] = self.config.preference.beta
         with quiet(), refused(self.config.task):
@@ -366,5 +393,6 @@ def refused(task: str) -> Any:
         yield
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise ConfigError(
-            f"task: TRL refuses this {task} run: {' '.join(str(error).split())}", "Correct it."
+            f"task: TRL refuses this {task} run: {' '.join(str(error).split())}",
+            f"Change what it names, or see TRL's documentation of its {task} trainer.",
         ) from error

@@ -31,6 +31,16 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     click.echo(f"  files              {output}/adapter, {output}/run.json, {output}/metrics.jsonl")
 
 
+def print_dropped(found: dict[str, Any]) -> None:
+    """How many rows an evaluation left out, and why: nothing where it took all."""
+    if "dropped" in found:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["dropped_kinds"].items())
+        click.echo(f"{found['dropped']:,} of {found['rows'] + found['dropped']:,} rows were left out: {kinds}.")
+        for row in found["dropped_first"]:
+            click.echo(f"  left out: {row['where']}: {row['kind']}: {row['reason']}")
+        click.echo()
+
+
 def print_metrics(metrics: dict[str, Any]) -> None:
     """Numbers, then a table per class and the confusion matrix where there are some."""
     for name, value in metrics.items():

@@ -113,8 +113,10 @@ def first_to_fail() -> bool:
         return True
     try:
         return int(_store.add(_key("failed"), 1)) == 1
-    except RuntimeError:  # the store went with the process that held it, which has told its own
-        return False
+    except RuntimeError:
+        # The store went with the process that held it. That was the launcher, which told nobody why it was killed, or
+        # the first process, which has told its own.
+        return rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def barrier() -> None:

@@ -65,11 +65,15 @@ class Run:
             self.data = encode_splits(self.task, self.splits, config)
             self.group = build_group(self.task, config, self.runtime, self.data)
             self._refuse_other_processes()
+        if told := self.group.decisions().get("balance_loss"):
+            self.view.warn(f"{told[0].upper()}{told[1:]}.")
         self.trainees = make_trainees(self.group, self.data["train"], config, self.runtime)
         self.total_steps = config.training.steps or max(
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
         )
         self._open()
+        for said in self._dropout().values():
+            self.view.say(said)
         self.trackers.start(self.trainees[0].step)
         if not self.before:
             self.view.say(f"evaluating before training, then {self.total_steps:,} steps")
@@ -279,6 +283,18 @@ class Run:
         parallel = "fsdp" if self.runtime.sharded else "ddp"
         return {"count": len(each), "parallel": parallel, "each": each} if len(each) > 1 else None
 
+    def _dropout(self) -> dict[str, str]:
+        """For run.json, where dropout makes the curve depend on how a step is cut."""
+        layers = self.group.own_dropout()
+        if not layers or (
+            self.runtime.world == 1 and self.trainees[0].micro_batch_size >= self.config.training.batch_size
+        ):
+            return {}
+        return {
+            "dropout": f"the adapters' dropout in {len(layers)} layers without a fused form is drawn per process and "
+            "micro-batch: another number of either gives another curve; set adapter.dropout to 0 to make them alike"
+        }
+
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         trainee = self.trainees[0]
         trainable, total = self.group.parameter_counts(trainee.member)
@@ -336,6 +352,7 @@ class Run:
             "decisions": {
                 **self.runtime.why,
                 **self.group.decisions(),
+                **self._dropout(),
                 "kernels": "off: plain PEFT" if fused is None else fused.why,
             },
             "kernels": None

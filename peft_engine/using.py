@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .adapters.new_rows import with_new_tokens
 from .building import refuse_too_long
 from .config import Config
 from .config_checks import LABELLED, PREFERENCE
+from .data.cleaning import Dropped
 from .data.labels import Labels
 from .data.loading import encode_split, load_splits
 from .data.reading import Rows
@@ -75,7 +77,8 @@ def evaluate(
     """Metrics of a run's adapter on one of its splits, or on a file with the same columns.
 
     Returns:
-        {"split", "rows", "metrics"}, and "dropped" where `data.clean` let rows of `data` go.
+        {"split", "rows", "metrics"}, rows being those judged; where others were left out, because `data.clean` lets
+        them go or they teach nothing, also their number "dropped", "dropped_kinds" and "dropped_first".
     """
     _, config = find_run(path, overrides)
     if config.task in PREFERENCE:
@@ -99,8 +102,18 @@ def evaluate(
         if config.evaluation.generate_rows and opened.task.generates:
             examples = list(chosen.examples[: config.evaluation.generate_rows])
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
-    left_out = {"dropped": len(chosen.dropped)} if data is not None and chosen.dropped else {}
-    return {"split": data or split, "rows": len(chosen.examples), **left_out, "metrics": metrics}
+    gone = chosen.dropped if data is not None else []
+    gone = gone + [Dropped(split, chosen.where[i], "teaches nothing", reason) for i, reason in encoded.dropped]
+    rows = len(chosen.examples) - len(encoded.dropped)
+    return {"split": data or split, "rows": rows, **_left_out(gone), "metrics": metrics}
+
+
+def _left_out(gone: list[Dropped]) -> dict[str, Any]:
+    if not gone:
+        return {}
+    kinds = dict(Counter(row.kind for row in gone))
+    first = [asdict(next(row for row in gone if row.kind == kind)) for kind in kinds]
+    return {"dropped": len(gone), "dropped_kinds": kinds, "dropped_first": first}
 
 
 def _without_looking(config: Config) -> Config:

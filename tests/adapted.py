@@ -19,7 +19,7 @@ from peft_engine.config_methods import PROMPTS, SETTINGS
 FAMILIES = ("llama", "gpt2", "bert", "t5", "vit", "resnet")
 RANK, TOKENS, HIDDEN, CLASSES = 4, 4, families.HIDDEN, families.CLASSES
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "moe": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
-CLASSIFIERS = ("bert", "vit", "resnet")
+CLASSIFIERS = ("bert", "vit", "resnet", "swin")
 SPEC = MemberSpec("default", 0, 1e-2)
 # what the tiny widths need, where peft's own defaults are for large models
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -55,6 +55,9 @@ def _made(family: str) -> Any:
     if family == "resnet":
         settings = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
         return families.randomise(tf.ResNetForImageClassification(tf.ResNetConfig(**settings, num_labels=CLASSES)))
+    if family == "swin":  # its blocks stand in stages of two widths
+        settings = {"image_size": 32, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}
+        return families.randomise(tf.SwinForImageClassification(tf.SwinConfig(**settings, num_labels=CLASSES)).eval())
     return families.make("mixtral" if family == "moe" else family)
 
 
@@ -92,7 +95,7 @@ def batch_of(family: str) -> dict[str, Tensor]:
     """Six rows; the last text is padded."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(6) % CLASSES
-    if family in ("vit", "resnet"):
+    if family in ("vit", "resnet", "swin"):
         side = 8 if family == "vit" else 32
         return {"pixel_values": torch.randn(6, 3, side, side, generator=generator), "labels": labels}
     ids = torch.randint(3, families.VOCAB, (6, 9), generator=generator)

@@ -1,17 +1,19 @@
 """Tiny random models of many families, made from their configs, to compare two ways of computing the same thing.
 
-Unlike `tiny.py` these are never saved: they have no tokenizer and take ids. Every matrix, norm weight and bias is
-random, so that a lost bias or a norm that wrongly adds one to its weight would show. Dropout is 0 unless asked for.
+Unlike `tiny.py` these are not saved (but `routed`): no tokenizer, they take ids. Every matrix, norm weight and bias
+is random, so that a lost bias or a norm that wrongly adds one to its weight would show. Dropout is 0 unless asked for.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from chat_samples import chatml
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -231,3 +233,23 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
     for model in models:
         model.train()
+
+
+def routed(family: str, folder: Path) -> Path:
+    """A saved model with experts whose config asks for the balance loss."""
+    torch.manual_seed(0)
+    tokenizer = chatml(pad_token="<|endoftext|>")
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1,
+        "output_router_logits": True, "router_aux_loss_coef": 0.5, **special,
+    }  # fmt: skip
+    if family == "mixtral":
+        model: Any = tf.MixtralForCausalLM(tf.MixtralConfig(**shape, num_local_experts=4))
+    else:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        model = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**shape, **experts, shared_expert_intermediate_size=16))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

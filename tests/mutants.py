@@ -221,7 +221,7 @@ REMOVALS = (
     R("18", "data/chat.py", "if bos is not None and input_ids[:2] == [bos, bos]:", "if False:",
       "two_bos_are_refused a_template_that_prints_two_is_refused"),
     R("18", "tasks/causal_lm.py", "add_special_tokens=add_special)", "add_special_tokens=True)", "one_bos"),
-    R("18", "generation.py", '"the prompt", not templated)', '"the prompt", True)', "generation_starts_with_one"),
+    R("18", "generation.py", '"the prompt", not flag)', '"the prompt", True)', "generation_starts_with_one"),
     R("18", "data/chat.py", "while add_special_tokens and len(offsets) > 1 and tuple(offsets[-1]) == (0, 0):",
       "while False:", "generation_starts_with_one"),
     # 19

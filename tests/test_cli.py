@@ -128,6 +128,9 @@ def test_env_names_what_decides_results(tmp_path: Path) -> None:
 def test_data_shows_counts_and_what_is_learned(place: Path) -> None:
     found = as_json("data", "chat.yaml", folder=place)
     assert sum(split["rows"] for split in found["splits"].values()) == 40
+    assert [row["where"].startswith("chats.jsonl, line ") for row in found["preview"]] == [True] * 3
+    assert all("⟦" in row["text"] for row in found["preview"])
+    assert as_json("data", "chat.yaml", "--rows", "0", folder=place)["preview"] == []
     text = fine("data", "chat.yaml", "--rows", "2", folder=place).out
     assert text.count("⟦") >= 2
     assert text.count("chats.jsonl, line ") == 2

@@ -114,6 +114,12 @@ def test_measuring_on_the_training_data(name: str) -> None:
             "training.micro_batch_size: got 32, more than training.batch",
         ),
         ("causal-lm", "training", "{optimizer: adafactor, betas: [0.8, 0.9]}", "training.betas: has no effect with"),
+        (
+            "image-classification",
+            "data",
+            "{near_duplicates: drop}",
+            "data.near_duplicates: got drop, and of images only",
+        ),
         ("causal-lm", "model", "{path: ''}", "model.path: got an empty text, expected a name or a path"),
     ],
 )

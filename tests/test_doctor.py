@@ -140,6 +140,23 @@ def test_completion_of_verbs_options_settings_and_files(tmp_path):
     assert "plain,training.neftune_alpha=" in completed("peft-engine train --set training.ne", tmp_path)
     assert completed("peft-engine train my", tmp_path) == ["file,my"]
     assert completed("peft-engine completion f", tmp_path) == ["plain,fish"]
+    assert completed("peft-engine merge a b --method dare_t", tmp_path) == ["plain,dare_ties", "plain,dare_ties_svd"]
+
+
+@pytest.mark.parametrize(("answer", "blank"), [("training.epochs=", False), ("train", True)])
+def test_no_blank_comes_after_an_equals_sign(answer, blank, tmp_path):
+    """bash with click's script, and a program that answers with one word."""
+    program = tmp_path / "answers"
+    program.write_text(f"#!/bin/sh\necho plain,{answer}\n")
+    program.chmod(0o755)
+    script = CliRunner().invoke(cli, ["completion", "bash"]).output
+    words = (
+        f'compopt() {{ echo option "$1" "$2"; }}\nCOMP_WORDS=(x y); COMP_CWORD=1; _peft_engine_completion {program}\n'
+    )
+    done = subprocess.run(
+        ["bash"], input=f'{script}\n{words}echo "${{COMPREPLY[@]}}"\n', text=True, capture_output=True
+    )
+    assert done.stdout.splitlines() == [*([] if blank else ["option -o nospace"]), answer], done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "config_methods",
     "config_options",
+    "config_preference",
     "config_checks",
     "config",
     "config_names",
@@ -39,6 +40,7 @@ ORDER = (
     "tracking",
     "building",
     "session",
+    "reference",
     "preference_run",
     "run",
     "using",
@@ -170,6 +172,29 @@ def test_huggingface_kernels_is_found_from_the_repo_root(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "stand-in\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "kept"),
+    [("pass", False), ("__file__ = 'kernels/__init__.py'", True), (None, True)],
+    ids=["folder", "package", "none"],
+)
+def test_a_folder_is_not_called_an_old_package(module, kept):
+    """bitsandbytes takes our source root for Hugging Face's `kernels` and warns of it; of a real one it may."""
+    put = f"import types; sys.modules['kernels'] = m = types.ModuleType('kernels'); exec({module!r}, m.__dict__)"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import logging, sys, peft_engine\n{put if module else ''}\n"
+            "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load: %s. Install it',"
+            "ImportError(\"cannot import name 'get_kernel' from 'kernels' (unknown location)\"))",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, "Failed to load" in done.stderr) == (0, kept), done.stderr
 
 
 def test_no_module_takes_the_name_of_an_exported_function():

@@ -1,13 +1,16 @@
 """dpo, orpo, kto and reward: TRL's own losses on our fused model, our run directory round them."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from comparing import changed
 from datasets import Dataset
+from families import routed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import config, sentence, write_rows
@@ -152,6 +155,83 @@ def test_losses_are_trls_own_on_a_plain_peft_model(tiny_model: Tiny, tmp_path: P
     assert found[-1] < found[0]
 
 
+STARTS: list[dict[str, Any]] = [
+    {"method": "lora", "rank": 4, "targets": ["embed_tokens", "q_proj"], "dropout": 0.0},
+    {"method": "ia3"},
+    {"method": "vera", "dropout": 0.0},
+    {"method": "oft"},
+    {"method": "lora", "rank": 4, "modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+@pytest.mark.parametrize("adapter", STARTS, ids=["embedding", "ia3", "vera", "oft", "head"])
+def test_the_reference_is_the_start(task: str, adapter: dict[str, Any], tiny_model: Tiny, tmp_path: Path) -> None:
+    """A warm start far from the base: at step 0 the trained model and the reference are one."""
+    good = [{"text": row["prompt"] + row["chosen"]} for row in rows("dpo", 12)]
+    made = {"steps": 6, "batch_size": 4, "learning_rate": 0.05}
+    first = config("causal-lm", tiny_model("llama"), write_rows(tmp_path / "sft.jsonl", good), tmp_path / "sft",
+                   adapter=adapter, training=made, data={"split": {"eval": 0.0, "test": 0.0}})  # fmt: skip
+    train(first)
+    run = settings(task, tiny_model("llama"), tmp_path, training={"steps": 1}, data={"split": {"eval": 0.4}})
+    run = changed(run, adapter={**adapter, "start_from": first.output})
+    before = train(run)["metrics"]["before"]
+    assert before["loss"] == pytest.approx(math.log(2) if task == "dpo" else 0.5, abs=1e-6)
+    assert before["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_moves_the_frozen_weights_is_made_once(init: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    run = settings("dpo", tiny_model("llama"), tmp_path, training={"steps": 1})
+    summary = train(changed(run, adapter={"rank": 4, "dropout": 0.0, "init": init}))
+    assert summary["metrics"]["before"]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    _, drift = export(run.output)
+    assert drift.relative < 1e-3
+
+
+def test_a_reward_run_scores_answers(tiny_model: Tiny, tmp_path: Path) -> None:
+    """predict's scores are those of the pairs that training reports; prompts alone are refused."""
+    run = settings("reward", tiny_model("llama"), tmp_path, training={"steps": 6})
+    after = train(changed(run, data__split={"eval": 0.0, "test": 0.0}))["metrics"]["after"]
+    pairs = [{"prompt": row["prompt"], "completion": row[side]} for row in rows("reward")
+             for side in ("chosen", "rejected")]  # fmt: skip
+    scores = [row["predicted"] for row in predict(run.output, str(write_rows(tmp_path / "p.jsonl", pairs)))]
+    texts = [{"text": row["prompt"] + row["completion"]} for row in pairs]
+    same = [row["predicted"] for row in predict(run.output, str(write_rows(tmp_path / "t.jsonl", texts)))]
+    assert scores == pytest.approx(same, abs=1e-6)
+    won = [good > bad for good, bad in zip(scores[::2], scores[1::2], strict=True)]
+    assert sum(won) / len(won) == pytest.approx(after["accuracy"], abs=1e-6)
+    with pytest.raises(DataError, match="completion"):
+        predict(run.output, str(write_rows(tmp_path / "raw.jsonl", rows("reward"))))
+
+
+def test_kto_needs_good_and_bad_answers(tiny_model: Tiny, tmp_path: Path) -> None:
+    run = settings("kto", tiny_model("llama"), tmp_path)
+    write_rows(Path(str(run.data.train)), [{**row, "label": True} for row in rows("kto")])
+    with pytest.raises(DataError, match="of the train split have the label true"):
+        train(run)
+
+
+def test_a_reward_backbone_without_an_end_token(tiny_model: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no end-of-text token"):
+        train(settings("reward", tiny_model("bert"), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "new", "words"),
+    [
+        ("dpo", {"adapter": {"method": "prefix"}}, "virtual tokens"),
+        ("reward", {"adapter": {"method": "lora", "init": "lora-ga"}}, "take eva"),
+        ("kto", {"adapter": {"method": "full", "start_from": "runs/first"}}, "export that run with --merged"),
+        ("reward", {"preference": {"beta": 0.3}}, "preference.beta: applies to tasks dpo, orpo, kto only"),
+        ("orpo", {"data__group_by_length": True}, "data.group_by_length: applies to tasks"),
+    ],
+)
+def test_what_trl_would_silently_leave_out(task: str, new: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        changed(settings(task, tmp_path / "model", tmp_path), **new)
+
+
 @pytest.mark.parametrize(
     ("task", "row", "error", "words"),
     [
@@ -182,3 +262,14 @@ def test_rows_that_hold_no_preference(
 def test_settings_that_do_not_go_are_told(change: dict[str, Any], words: str, tiny_model: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         train(settings("dpo", tiny_model("llama"), tmp_path, **change))
+
+
+def test_the_balance_loss_of_experts_is_left_out(tmp_path: Path) -> None:
+    """TRL adds it, micro-batch by micro-batch, whatever the model's config says."""
+    run = changed(settings("dpo", routed("mixtral", tmp_path / "model"), tmp_path), adapter__dropout=0.0)
+    summary = train(changed(run, training__steps=2))
+    first = next(row["loss"] for row in metrics(run.output) if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-5), "the policy is its own reference still"
+    assert "router weights are frozen" in summary["decisions"]["balance_loss"]
+    with pytest.raises(ConfigError, match="router_aux_loss_coef"):
+        train(changed(run, preference={"options": {"router_aux_loss_coef": 0.1}}, output=str(tmp_path / "refused")))

@@ -981,6 +981,8 @@ def test_trap_18_generation_starts_with_one(tiny_model, tmp_path):
         ids = given.pop()[0]
         assert (ids == tokenizer.bos_token_id).tolist() == [True] + [False] * (len(ids) - 1)
         assert tokenizer.eos_token_id not in ids  # this tokenizer adds one, and what follows it is another text
+    generate_text(net, tokenizer, [chat, "a cat"], 1, templated=[True, False])  # rows of a mixture
+    assert ((given.pop() == tokenizer.bos_token_id).sum(1) == 1).all()
 
 
 # 19 — stale cache

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tiny import config, sentence, write_rows
 
+from peft_engine.cli import cli
 from peft_engine.errors import DataError
 from peft_engine.run import train
 from peft_engine.using import evaluate, export, generate, predict
@@ -134,3 +136,24 @@ def test_the_card_of_a_mean_pooled_merge_loads_it(tiny_model: Tiny, tmp_path: Pa
     source = write_rows(tmp_path / "one.jsonl", [{"text": text}])
     wanted = predict(tmp_path / "out", str(source))[0]["probabilities"]
     assert names["logits"].softmax(-1)[0].tolist() == pytest.approx(list(wanted.values()), abs=1e-5)
+
+
+def test_an_evaluation_says_what_it_left_out(tiny_model: Tiny, tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": str("cats" in row["names"])} for row in animals(32)]
+    data = {"clean": {"malformed": "drop", "empty": "drop"}, "near_duplicates": "off"}
+    learned(CLASSES, tiny_model("bert"), rows, tmp_path, 2, data=data)
+    source = write_rows(
+        tmp_path / "own.jsonl", [*rows[:9], {"text": 5, "label": "True"}, *[{"text": "", "label": "True"}] * 4]
+    )
+    asked = ["evaluate", str(tmp_path / "out"), "--data", str(source)]
+    printed = CliRunner().invoke(cli, asked)
+    assert printed.exit_code == 0
+    lines = printed.stdout.splitlines()
+    assert lines[0] == "5 of 14 rows were left out: 1 malformed, 4 empty."
+    assert "own.jsonl, line 10: malformed: column 'text' is 5" in lines[1]
+    assert "own.jsonl, line 11: empty: column 'text' is empty" in lines[2]
+    assert "left out" not in lines[3]
+    found = json.loads(CliRunner().invoke(cli, [*asked, "--json"]).stdout)
+    assert (found["rows"], found["dropped"], found["dropped_kinds"]) == (9, 5, {"malformed": 1, "empty": 4})
+    assert [Path(row["where"]).name for row in found["dropped_first"]] == [f"own.jsonl, line {n}" for n in (10, 11)]
+    assert "left out" not in CliRunner().invoke(cli, asked[:2]).stdout

@@ -19,6 +19,15 @@ PATTERN = "rank_pattern"
 SEPARATOR = "::"
 
 
+class CalledAdaLora:
+    """Mixin of peft's AdaLoraModel, which runs the model's `forward` by its name and so goes past the hooks on it: a
+    sharded model would not be gathered. The term that it adds to a loss is the engine's.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # type: ignore[attr-defined]
+
+
 class RankAllocation:
     """The part of AdaLoRA that is neither a weight nor a gradient, of one member.
 
@@ -31,6 +40,7 @@ class RankAllocation:
         assert isinstance(found, AdaLoraConfig)
         self.model, self.adapter, self.config = model, adapter, found
         self.tuner: Any = model.base_model
+        self.tuner.__class__ = type("CalledAdaLora", (CalledAdaLora, type(self.tuner)), {})
         self.weight, found.orth_reg_weight = found.orth_reg_weight, 0.0
 
     def begin(self, total_steps: int) -> None:

@@ -5,9 +5,11 @@ transformer. It starts as nothing: the way up is zero.
 the MLP, each on what the block gives before it is added to the residual: y + up(act(down(y))). `parallel` (He et al.
 2022) runs beside the MLP on its input: MLP(x) + alpha/rank · up(act(down(x))).
 
-Places are found by structure. A layer is an element of an outermost ModuleList with linears in it; its last linear ends
-the MLP; what comes before the MLP and ends in the same width is attention. The linear there gets a subclass and the
-adapter as a submodule, so that hooks, gradient checkpointing and the names of the model's own tensors stay.
+Places are found by structure. A layer is an element of a ModuleList with linears in it, of the innermost such list
+that reads as layers (Swin keeps them in stages); its last linear ends the MLP; what comes before the MLP and ends in
+the same width is attention. A model in which part of a list can't be read so is refused. The linear at a place gets a
+subclass and the adapter as a submodule, so that hooks, gradient checkpointing and the names of the model's own tensors
+stay.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -121,17 +124,13 @@ def describe(asked: AdapterConfig) -> dict[str, Any]:
 
 
 def find_layers(backbone: Backbone) -> list[Layer]:
-    """The layers of a transformer, in model order."""
+    """The layers of a transformer, in model order, those of all its stages.
+
+    Raises:
+        ConfigError: there are none, or elements beside them have linears and can't be read.
+    """
     model = backbone.model
-    found = []
-    outermost: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{above}.") for above in outermost):
-            outermost.append(name)
-            for index, element in enumerate(module):
-                layer = _read_layer(f"{name}.{index}", element)
-                if layer:
-                    found.append(layer)
+    found = _layers_below("", model)
     if not found:
         raise ConfigError(
             f"adapter.method: {type(model).__name__} has no layers of attention and MLP made of linears, between which "
@@ -141,32 +140,80 @@ def find_layers(backbone: Backbone) -> list[Layer]:
     return found
 
 
+def _layers_below(name: str, module: nn.Module) -> list[Layer] | None:
+    """Layers of the outermost ModuleLists in a module; none where there are none, None where part can't be read."""
+    found: list[Layer] = []
+    outermost: list[str] = []
+    for inner, part in module.named_modules(prefix=name):
+        if not isinstance(part, nn.ModuleList) or any(inner.startswith(f"{above}.") for above in outermost):
+            continue
+        outermost.append(inner)
+        own: list[Layer] = []
+        odd = False  # an element with linears that is neither a layer nor a stage of layers
+        for index, element in enumerate(part):
+            place = f"{inner}.{index}"
+            layers = _layers_below(place, element)
+            if layers is None:
+                return None
+            if not layers and (layer := _read_layer(place, element)):
+                layers = [layer]
+            own += layers
+            odd = odd or (not layers and any(isinstance(m, LINEAR_TYPES) for m in element.modules()))
+        if own and odd:
+            return None
+        found += own
+    return found
+
+
 def _read_layer(name: str, layer: nn.Module) -> Layer | None:
+    """None where its attentions and its MLP are not told apart for certain."""
+    if _holds_more(layer):
+        return None
     blocks: dict[str, list[str]] = {}  # linears by the layer's own parts
-    sizes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for inner, module in layer.named_modules():
         if isinstance(module, LINEAR_TYPES):
             parts = inner.split(".")
             part = next((i + 1 for i, p in enumerate(parts) if not _is_list(layer, parts[: i + 1])), 1)
             blocks.setdefault(".".join(parts[:part]), []).append(f"{name}.{inner}")
-            sizes[f"{name}.{inner}"] = _out(module)
+            sizes[f"{name}.{inner}"] = _sizes(module)
     runs = list(blocks.values())
     if not runs:
         return None
     mlp = runs.pop()
-    if len(mlp) == 1 and runs:  # the two linears of the MLP are parts of the layer itself
+    if len(mlp) == 1 and runs and len(runs[-1]) == 1:  # the two linears of the MLP are parts of the layer itself
         mlp = [*runs.pop(), *mlp]
-    width = sizes[mlp[-1]]
-    attention = [run[-1] for run in runs if len(run) > 1 and sizes[run[-1]] == width]
-    return Layer(attention, mlp, width) if attention and len(mlp) > 1 else None
+    width = sizes[mlp[-1]][1]
+    entered, inner_width = sizes[mlp[0]]
+    if len(mlp) not in (2, 3) or entered != width or inner_width not in (n := sizes[mlp[-1]][0], 2 * n):
+        return None  # 2 * n: gate and values are one matrix
+    attention = [run for run in runs if len(run) > 1]
+    for run in attention:
+        is_mlp = len(run) < 4 and sizes[run[0]][1] == sizes[run[-1]][0]
+        if is_mlp or sizes[run[-1]][1] != width:
+            return None
+    return Layer([run[-1] for run in attention], mlp, width) if attention else None
+
+
+def _holds_more(layer: nn.Module) -> bool:
+    """Experts in one tensor, or a list of parts of one kind: this is more than attention and one MLP."""
+    for module in layer.modules():
+        if isinstance(module, nn.ModuleList):
+            kinds = [type(part) for part in module if any(isinstance(m, LINEAR_TYPES) for m in part.modules())]
+            if kinds and (len(kinds) == 1 or len({*kinds}) < len(kinds)):
+                return True
+        own = [] if isinstance(module, _ConvNd) else list(module.parameters(recurse=False))
+        if any(sum(n > 1 for n in p.shape) > 2 for p in own):
+            return True
+    return False
 
 
 def _is_list(layer: nn.Module, path: list[str]) -> bool:
     return isinstance(layer.get_submodule(".".join(path)), nn.ModuleList)
 
 
-def _out(linear: nn.Module) -> int:
-    return int(linear.nf if isinstance(linear, Conv1D) else linear.out_features)  # type: ignore[arg-type]
+def _sizes(linear: Any) -> tuple[int, int]:
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
 
 
 def _insert(model: nn.Module, name: str, layer: Layer, settings: dict[str, Any]) -> None:

@@ -7,10 +7,12 @@ tensors (`full`, `head`, `bitfit`) hold one member.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Embedding
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +20,7 @@ from ..backbone import LINEAR_TYPES, Backbone
 from ..runtime import seed_everything
 from .adalora import RankAllocation
 from .fusing import FuseReport, RowSeeds
+from .fusing.linears import FusedLoraLinear
 from .neftune import Neftune
 
 
@@ -122,6 +125,18 @@ class Group:
         told = {"batch_norm": f"frozen statistics in {frozen} layers"} if frozen else {}
         return {**self.backbone.decisions, **told}
 
+    def own_dropout(self) -> list[str]:
+        """Names of adapted layers whose dropout is drawn from the process's own stream, not by the rows' seeds: all but
+        the fused ones, and LoRA's embeddings, where peft drops nothing.
+        """
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+            and not isinstance(module, FusedLoraLinear | Embedding)
+            and _drops(cast(nn.Module, module))
+        ]
+
     @contextmanager
     def evaluating(self, member: Member) -> Iterator[nn.Module]:
         """The model in eval mode with this member active; training mode is restored."""
@@ -139,6 +154,14 @@ class Group:
         others = {id(t) for m in self.members for t in m.all_tensors().values()} - own
         total = sum(p.numel() for p in self.model.parameters() if id(p) not in others)
         return sum(t.numel() for t in member.tensors.values()), total
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether peft drops anything of an adapter here: by modules with a p, or by numbers (LoHa, LoKr)."""
+    found = [getattr(part, "p", 0) for name, part in layer.named_modules() if "base_layer" not in name]
+    for kind in ("rank_dropout", "module_dropout"):
+        found += dict(getattr(layer, kind, {})).values()
+    return any(isinstance(p, int | float) and p > 0 for p in found)
 
 
 def plain_name(name: str, adapter: str) -> str:

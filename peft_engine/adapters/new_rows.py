@@ -8,8 +8,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import EncoderDecoderModel
+
 from ..backbone import Backbone, embeddings_of
 from ..config import Config
+from ..errors import ConfigError
 from ..runtime import seed_everything
 from ..vocabulary import token_ids
 
@@ -23,9 +26,20 @@ def grow(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
 
 
 def with_new_tokens(backbone: Backbone, tokenizer: Any, config: Config) -> Backbone:
-    """The backbone with rows for `model.new_tokens`, whose numbers it keeps for the adapter."""
+    """The backbone with rows for `model.new_tokens`, whose numbers it keeps for the adapter.
+
+    Raises:
+        ConfigError: the model is two models, each with embeddings of its own.
+    """
     tokens = config.model.new_tokens
     if tokens:
+        if isinstance(backbone.model, EncoderDecoderModel):
+            raise ConfigError(
+                f"model.new_tokens: {config.model.path} is an EncoderDecoderModel, two models with embeddings of their "
+                "own, and the engine gives new rows to one only.",
+                "Leave model.new_tokens out (unused words of the vocabulary can stand in), or take a model such as T5 "
+                "or BART, whose encoder and decoder share them.",
+            )
         seed_everything(config.training.seed, 5)
         grow(backbone.model, tokenizer, tokens)
         backbone.new_token_ids = token_ids(tokenizer, tokens)

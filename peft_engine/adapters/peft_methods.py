@@ -109,6 +109,7 @@ def peft_settings(backbone: Backbone, config: Config) -> tuple[PeftConfig, list[
         )
     if method == "ia3":
         fields.setdefault("feedforward_modules", [])  # every target's output is scaled
+        _name_alike(fields, targets)
     if method == "oft":
         _refuse_overlapping_patches(backbone, targets)
     if method == "adalora":
@@ -117,6 +118,16 @@ def peft_settings(backbone: Backbone, config: Config) -> tuple[PeftConfig, list[
         return cls(**fields), targets
     except REFUSALS as error:
         raise refusal(method, error) from error
+
+
+def _name_alike(fields: dict[str, Any], targets: list[str]) -> None:
+    """peft compares the names in ia3's `feedforward_modules` with those of the targets: in full where these are."""
+    inputs, given = fields["feedforward_modules"], fields["target_modules"]
+    if isinstance(inputs, list) and not set(inputs) <= set(given):
+        ends = [[name for name in targets if f".{name}".endswith(f".{ending}")] for ending in inputs]
+        if all(ends):
+            fields["target_modules"] = targets
+            fields["feedforward_modules"] = sorted({name for names in ends for name in names})
 
 
 def adapted_names(model: PeftModel) -> set[str]:

@@ -42,6 +42,8 @@ def select_trainable(group: Group, settings: TrainingConfig) -> None:
         for tensor in member.kept.values():
             tensor.requires_grad_(False)
         _refuse_stuck(member)
+        if group.started_from is None:
+            _refuse_random(member, group.backbone.new_modules)
 
 
 def _found(patterns: Iterable[str], name: str) -> bool:
@@ -75,6 +77,17 @@ def _refuse_stuck(member: Member) -> None:
             f"gives it no gradient ({len(stuck)} such).",
             "Train B as well, or start from an adapter that has learned (adapter.start_from).",
         )
+
+
+def _refuse_random(member: Member, new_modules: Sequence[str]) -> None:
+    """A task's new head begins with random weights, and would end with them."""
+    for module in new_modules:
+        for name, tensor in member.kept.items():
+            if f".{module}." in f".{name}" and not _is_zero(tensor):
+                raise ConfigError(
+                    f"training.trainable, training.frozen: {name} would not train, and is new: it would stay random.",
+                    "Let it train, or start from an adapter that has learned it (adapter.start_from).",
+                )
 
 
 def _is_zero(tensor: nn.Parameter | None) -> bool:

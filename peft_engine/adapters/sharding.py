@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -24,10 +25,11 @@ def shard(group: Group, runtime: Runtime) -> None:
 
     Each block of the model (an entry of an outermost ModuleList) is a unit: gathered before it runs, let go after.
     What stands outside of them (embeddings, the head) is one more unit, whole from the start of forward to the end of
-    backward.
+    backward. Word embeddings before which a method puts virtual tokens stay whole.
     """
     model: Any = group.backbone.model
     kept = {parameter for member in group.members for parameter in member.all_tensors().values()}
+    kept |= _read_before_forward(group)
     assert any(parameter not in kept for parameter in model.parameters()), "refused by config_checks"
     for parameter in kept:
         parameter.data = parameter.data.to(runtime.device)
@@ -39,6 +41,19 @@ def shard(group: Group, runtime: Runtime) -> None:
     model.to(runtime.device)  # buffers that stand outside of every unit
     gc.collect()
     give_back_freed_memory()
+
+
+def _read_before_forward(group: Group) -> set[nn.Parameter]:
+    """Word embeddings that peft looks up itself, to put virtual tokens before them: the model's forward, which gathers
+    its weights, has not begun by then.
+    """
+    model = group.model
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return set()
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:  # keys and values; embeds nothing
+        return set()
+    words: Any = model.word_embeddings
+    return set(words.parameters())
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -10,11 +10,16 @@ from ..backbone import Backbone, linear_names
 from ..config import AdapterConfig, LayersConfig
 from ..errors import ConfigError
 
+TAKES_GROUPS = ("ia3", "loha", "lokr")
+"""Methods that peft has for grouped convolutions of any width. For lora the rank must be a multiple of the groups, and
+it could not be merged."""
+
 
 def find_targets(backbone: Backbone, settings: AdapterConfig, norms: bool = False) -> list[str]:
     """Full names of the modules to adapt, in model order.
 
-    `all-linear` is every Linear and Conv1D outside the head; in a model that has none, every convolution.
+    `all-linear` is every Linear and Conv1D outside the head; in a model that has none, every convolution, but for
+    grouped ones (depthwise ones are) where the method is not in `TAKES_GROUPS`.
 
     Args:
         norms: let `all-linear` stand for the norms.
@@ -25,9 +30,14 @@ def find_targets(backbone: Backbone, settings: AdapterConfig, norms: bool = Fals
     names = [name for name, _ in backbone.model.named_modules() if name]
     every = norm_names(backbone.model) if norms else linear_names(backbone.model)
     linear = [name for name in every if not _inside(name, backbone.head_modules)]
+    left_out = 0
     if not linear and not norms:
-        convolutions = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Conv2d)]
-        linear = [name for name in convolutions if not _inside(name, backbone.head_modules)]
+        convolutions = {
+            name: module for name, module in backbone.model.named_modules() if isinstance(module, nn.Conv2d)
+        }
+        outside = [name for name in convolutions if not _inside(name, backbone.head_modules)]
+        linear = [n for n in outside if settings.method in TAKES_GROUPS or convolutions[n].groups == 1]
+        left_out = len(outside) - len(linear)
     if settings.targets == "all-linear":
         found = linear
         if not found:
@@ -37,7 +47,9 @@ def find_targets(backbone: Backbone, settings: AdapterConfig, norms: bool = Fals
                 "Name modules that it has, or use adapter.method: full.",
             )
         if isinstance(backbone.model.get_submodule(found[0]), nn.Conv2d):
-            backbone.decisions["adapter.targets"] = f"all-linear found none, so {len(found)} convolutions are adapted"
+            told = f"all-linear found none, so {len(found)} convolutions are adapted"
+            grouped = f"; {left_out} grouped ones, which {settings.method} can't take, are left out"
+            backbone.decisions["adapter.targets"] = told + (grouped if left_out else "")
     elif isinstance(settings.targets, str):
         found = _by_expression(settings.targets, names, linear)
     else:

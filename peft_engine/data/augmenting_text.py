@@ -10,7 +10,7 @@ and a resumed run draws the same. All is done on tokens, after tokenising:
 
 Never changed: special tokens, what a chat template wrote, and supervised tokens, which are a language model's targets.
 A tagged word may be masked, since its tag stays, but is never left out. The first token of a row always stays, and one
-token at least of those that may go; a row never gets longer than `data.max_length`.
+token at least of those that may go; no part of a row gets longer than `data.max_length`.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def text_change(
     """What `EncodedSet.change` of a training split is.
 
     Args:
-        longest: most tokens of a changed row.
+        longest: most tokens of a changed row, or of each of its parts.
         written: tokens that somebody wrote, bool (total_tokens,); None is all.
 
     Raises:
@@ -77,19 +77,29 @@ def text_change(
             keep = _kept(draws[0] < settings.token_dropout, may_go, starts := _starts(of, start, end))
             gaps = []
             if marks:
-                chosen, room = rng.integers(len(marks), size=len(own)), longest - int(keep.sum())
+                chosen, part = rng.integers(len(marks), size=len(own)), _parts(of, start, end)
+                room = longest - np.bincount(part[keep], minlength=int(part.max()) + 1)
                 may_begin = free & keep & ~starts & begins[own] & (draws[2] < settings.punctuation)
                 fits = may_begin[1:] & free[:-1]
                 for at in np.flatnonzero(fits) + 1:
                     mark = marks[chosen[at]]
-                    room -= len(mark)
-                    gaps += [(int(at), mark)] if room >= 0 else []
+                    room[part[at]] -= len(mark)
+                    gaps += [(int(at), mark)] if room[part[at]] >= 0 else []
             if mask is not None:
                 own[free & (draws[1] < settings.masking)] = mask
             parts.append(_spliced(own, start, keep, gaps))
         return _assembled(of, rows, parts)
 
     return change
+
+
+def _parts(of: EncodedSet, start: int, end: int) -> np.ndarray:
+    """Which part of the row each token belongs to, int64 (length,): a reading where it has choices, source or target of
+    what an encoder reads; `data.max_length` holds for each."""
+    for name in ("choice", "supervised") if "longest" in of.columns else ("choice",):
+        if name in of.columns:
+            return np.asarray(of.columns[name][start:end]).astype(np.int64)
+    return np.zeros(end - start, dtype=np.int64)
 
 
 def _starts(of: EncodedSet, start: int, end: int) -> np.ndarray:

@@ -9,18 +9,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..config import CleanConfig
 from ..errors import DataError
-from .duplicates import input_key, row_key
+from .duplicates import answer_key, input_key, row_key
 from .examples import convert_rows, refuse_rows
 from .formats import Example, Layout
 from .messages import Empty
 from .reading import Rows
 
 MOST_FAULTY = 0.5  # a file with more malformed or empty rows than this is the wrong file, or its columns are
-INPUTS = ("text", "text_pair", "choices", "prompt", "tools", "source", "tokens", "image")  # all else is the answer
 
 
 @dataclass(frozen=True)
@@ -109,26 +107,6 @@ def without_repeated(examples: Sequence[Example], where: Sequence[str], split: s
         else:
             dropped.append(Dropped(split, where[i], "duplicate", f"repeats {where[earlier]}"))
     return kept, dropped
-
-
-def answer_key(example: Example) -> str:
-    """What is to be learned of an example, without surrounding white space: equal keys are one answer."""
-    parts = {k: _answer(v) for k, v in example.items() if k not in INPUTS}
-    if isinstance(parts.get("label"), list):
-        parts["label"] = sorted(map(str, parts["label"]))  # several classes, in no order
-    return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _answer(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # 1.0, 1 and "1" name one class
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-        return [_answer(item) for item in value]
-    if isinstance(value, list):
-        return [{k: _answer(v) for k, v in item.items()} if isinstance(item, dict) else item for item in value]
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def counted(dropped: Iterable[Dropped]) -> dict[str, dict[str, int]]:

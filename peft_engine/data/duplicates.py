@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from .formats import Example
+from .labels import as_list, class_name
 
+INPUTS = ("text", "text_pair", "choices", "prompt", "tools", "source", "tokens", "image")  # all else is the answer
 WORDS = re.compile(r"\w+")
 
 
@@ -31,11 +33,11 @@ def input_key(example: Example) -> str:
     if "image" in example:
         return str(example["image"])
     if "tokens" in example:
-        return " ".join(example["tokens"])
+        return _joined(example["tokens"])
     if "text_pair" in example:
-        return f"{example['text'].strip()}\n{example['text_pair'].strip()}"
+        return _joined([example["text"].strip(), example["text_pair"].strip()])
     if "choices" in example:
-        return "\n".join([example["text"].strip(), *(choice.strip() for choice in example["choices"])])
+        return _joined([example["text"].strip(), *(choice.strip() for choice in example["choices"])])
     sides = [example.get("chosen"), example.get("rejected")]
     given: Any = next((example[part] for part in ("prompt", "source", "text") if part in example), _canonical(sides))
     if isinstance(given, str):
@@ -45,12 +47,25 @@ def input_key(example: Example) -> str:
 
 def row_key(example: Example) -> str:
     """Input and answer; equal keys are rows that repeat each other."""
-    answers = ("label", "completion", "messages", "tags", "target", "chosen", "rejected")
-    return _canonical([input_key(example), *(example.get(part) for part in answers)])
+    return _canonical([input_key(example), answer_key(example)])
+
+
+def answer_key(example: Example) -> str:
+    """What is to be learned of an example, in one form for all that is the same: equal keys are one answer.
+
+    1, 1.0 and "1" name one class, several classes have no order, and white space around a text or turn is nothing.
+    """
+    parts = {part: _bare(value) for part, value in example.items() if part not in INPUTS}
+    if "label" in parts:
+        listed = as_list(example["label"])
+        parts["label"] = _class(example["label"]) if listed is None else sorted(map(_class, listed))
+    if "tags" in parts:
+        parts["tags"] = [None if tag is None else _class(tag) for tag in example["tags"]]
+    return _canonical(parts)
 
 
 def label_key(example: Example) -> str:
-    """The label; "null" where there is none."""
+    """The label as it is written; "null" where there is none."""
     return _canonical(example.get("label"))
 
 
@@ -66,16 +81,30 @@ def repeated(examples: Iterable[Example]) -> int:
 
 
 def contradictory(examples: Iterable[Example]) -> int:
-    """Inputs that stand there with more than one label."""
-    label_of: dict[str, str] = {}
+    """Inputs that stand there with more than one answer; what `cleaning.without_contradictory` calls so."""
+    first: dict[str, str] = {}
     differ: set[str] = set()
     for example in examples:
-        answer = example.get("label", example.get("tags"))
-        if answer is not None:
-            key, label = input_key(example), _canonical(answer)
-            if label_of.setdefault(key, label) != label:
-                differ.add(key)
+        key, answer = input_key(example), answer_key(example)
+        if first.setdefault(key, answer) != answer:
+            differ.add(key)
     return len(differ)
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """One text of several that no others give; what stands between them is no word, so that `near_key` can read it."""
+    return "\x1f\x1e".join(part.replace("\x1f", "\x1f\x1f") for part in parts)
+
+
+def _class(value: Any) -> str:
+    name = class_name(value)
+    return _canonical(value) if name is None else name.strip()
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_stripped(item) if isinstance(item, dict) else item for item in value]
+    return value.strip() if isinstance(value, str) else value
 
 
 def _stripped(turn: dict[str, Any]) -> dict[str, Any]:

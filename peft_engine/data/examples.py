@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ..errors import DataError
 from .formats import Example, Kind, Layout
 from .images import picture
 from .messages import Empty, Malformed, as_conversation, as_tools
-from .parsing import Row, shown
+from .parsing import Row, is_missing, shown
 from .reading import Rows
 from .text_layouts import choices_of, right_choice, tags_of, words_of
 
@@ -65,9 +67,16 @@ def _labelled_example(row: Row, layout: Layout) -> Example:
 
 def _image_example(row: Row, layout: Layout) -> Example:
     column = layout.columns["image"]
-    if row.get(column) is None:
-        raise Malformed(f"column {column!r} " + ("is empty" if column in row else "is not in this row"))
-    return {"image": picture(row[column], layout.folder)} | _label(row, layout)
+    if column not in row:
+        raise Malformed(f"column {column!r} is not in this row")
+    image = row[column]
+    parts = [image.get("bytes"), image.get("path")] if isinstance(image, dict) else [image]
+    if all(map(is_missing, parts)):
+        raise Empty(f"column {column!r} is {shown(image)}, that is empty")
+    labelled = _label(row, layout)
+    if isinstance(image, np.ndarray) and isinstance(labelled.get("label"), list) and len(labelled["label"]) == 1:
+        labelled = {"label": labelled["label"][0]}  # an array of labels (rows, 1), as Keras keeps CIFAR's
+    return {"image": picture(image, layout.folder)} | labelled
 
 
 def _label(row: Row, layout: Layout) -> Example:
@@ -105,7 +114,10 @@ def _source_example(row: Row, layout: Layout) -> Example:
 
 
 def _messages_example(row: Row, layout: Layout) -> Example:
-    messages = as_conversation(row.get(layout.columns["messages"]), layout.columns["messages"])
+    column = layout.columns["messages"]
+    if column in row and is_missing(row[column]):
+        raise Empty(f"column {column!r} is {row[column]!r}, that is empty")
+    messages = as_conversation(row.get(column), column)
     if layout.answered and not any(turn["role"] == "assistant" for turn in messages):
         raise Malformed("the conversation has no assistant turn to learn from")
     return {"messages": messages} | _tools(row, layout)
@@ -141,7 +153,10 @@ def _preference_example(row: Row, layout: Layout) -> Example:
 
 def _rated_example(row: Row, layout: Layout) -> Example:
     example = _completion_example(row, layout)
-    label = row.get(layout.columns["label"])
+    column = layout.columns["label"]
+    label = row.get(column)
+    if column in row and is_missing(label):
+        raise Empty(f"the label in column {column!r} is {label!r}, that is missing")
     known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
     key = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(key, str | bool | int) or key not in known:

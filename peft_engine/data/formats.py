@@ -18,10 +18,12 @@ Columns are found by the conventions of TRL, OpenAI, ShareGPT and Alpaca, or nam
 
 import difflib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
+from .parsing import Row, is_missing
 from .reading import Rows
 from .text_layouts import (
     SENTENCE_PAIRS,
@@ -119,7 +121,8 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
             f"Its parts are {', '.join(PARTS[task])}.",
         )
     kind, columns = _kind(rows, task, columns, need_label)
-    found = {part: _find(rows, part, columns) for part in KINDS[kind] if need_label or part not in ANSWERS}
+    answered = need_label or task == "reward"  # which scores answers
+    found = {part: _find(rows, part, columns) for part in KINDS[kind] if answered or part not in ANSWERS}
     if len(set(found.values())) < len(found):
         raise ConfigError(f"data.columns: {found} names one column for two parts.", "Name two columns.")
     if kind == "prompt-completion":
@@ -131,7 +134,7 @@ def find_layout(rows: Rows, task: str, columns: dict[str, str], *, need_label: b
     elif "tools" in columns:
         raise ConfigError(f"data.columns.tools = {columns['tools']!r} has no use in plain text.", "Remove it.")
     folder = "" if rows.places else os.path.dirname(os.path.expanduser(rows.source))
-    return Layout(kind, found, need_label, folder)
+    return Layout(kind, found, answered, folder)
 
 
 def _kind(rows: Rows, task: str, columns: dict[str, str], need_label: bool) -> tuple[Kind, dict[str, str]]:
@@ -155,8 +158,8 @@ def _labelled_kind(rows: Rows, columns: dict[str, str]) -> tuple[Kind, dict[str,
         raise ConfigError("data.columns names both text_pair and choices.", "Name one of them.")
     if "text_pair" in columns:
         return "pair-label", columns
-    first = rows.rows[0]
-    if "choices" in columns or any(is_choices(first.get(column)) for column in _candidates(rows, "choices")):
+    told = (first_value(rows.rows, column) for column in _candidates(rows, "choices"))
+    if "choices" in columns or any(map(is_choices, told)):
         own = {"text": CHOICES_TEXT, "label": CHOICES_LABEL}
         for part, names in own.items():
             found = [column for column in rows.columns if _plain(column) in names]
@@ -174,6 +177,16 @@ def _labelled_kind(rows: Rows, columns: dict[str, str]) -> tuple[Kind, dict[str,
             "Name the text (data.columns.text=COLUMN), and data.columns.text_pair=COLUMN for a pair.",
         )
     return ("pair-label", columns | pair) if pair else ("text-label", columns)
+
+
+def first_value(rows: Iterable[Row], column: str) -> Any:
+    """The first cell of a column that holds something; None where none does."""
+    return next((row[column] for row in rows if not is_missing(row.get(column))), None)
+
+
+def told_by_value(task: str, columns: Iterable[str]) -> list[str]:
+    """Columns of which a cell is needed to tell the layout; the name tells of the others."""
+    return [c for c in columns if task == "text-classification" and _plain(c) in CONVENTIONS["choices"]]
 
 
 def _one_pair(rows: Rows, one: str, two: str, pairs: tuple[tuple[str, str], ...]) -> dict[str, str]:

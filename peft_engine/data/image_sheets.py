@@ -6,6 +6,7 @@ import numpy as np
 
 from ..config import ImageAugmentConfig
 from ..errors import ConfigError, StorageError
+from ..runtime import combine
 from .augmenting_images import image_change
 from .encoding import EncodedSet
 
@@ -33,7 +34,10 @@ def image_preview(data: EncodedSet, row: int, *, colour: bool) -> str:
 
 
 def write_sheet(file: str, data: EncodedSet, settings: ImageAugmentConfig, seed: int) -> None:
-    """A PNG with a line per image: as it is resized, then as two draws would change it.
+    """A PNG with a line per image: as it is resized, then as a run's first two steps would change it.
+
+    Args:
+        seed: `training.seed`.
 
     Raises:
         ConfigError: the name does not end in .png.
@@ -47,7 +51,7 @@ def write_sheet(file: str, data: EncodedSet, settings: ImageAugmentConfig, seed:
     rows = np.arange(min(SHOWN, len(data)))
     change = image_change(settings)
     versions = [data.columns["pixels"][rows]]
-    versions += [change(data, rows, seed + step).columns["pixels"] for step in STEPS] if change else []
+    versions += [change(data, rows, combine(seed, 4, step)).columns["pixels"] for step in STEPS] if change else []
     framed = [np.pad(v, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for v in versions]
     sheet = np.concatenate([np.concatenate(list(version), axis=0) for version in framed], axis=1)
     try:

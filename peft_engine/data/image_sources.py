@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ConfigError, DataError, StorageError
 from .images import require_pillow
 from .parsing import Row
-from .reading import Rows
+from .reading import Rows, arrow_folder
 
 SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test"}
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
@@ -39,6 +39,8 @@ def read_images(source: str, task: str, labelled: bool) -> Rows | None:
     name = path.name.lower()
     try:
         if os.path.isdir(path):
+            if arrow_folder(source, path) is not None:
+                return None  # rows of `datasets`, which hold their images
             return _folder(source, path) if labelled else _any_folder(source, path)
         if os.path.isfile(path) and name.endswith(".npz"):
             return _arrays(source, path)
@@ -69,7 +71,7 @@ def _folder(source: str, root: Path) -> Rows:
             f"{loose[0]} stands in no class folder ({len(loose)} such files).",
             "Move it into the folder of its class, or away.",
         )
-    files = [(file, entry.name) for entry in classes for file in _walk(entry)]
+    files = [(file, entry.name) for entry in classes for file in _walk(entry, {os.path.realpath(root)})]
     if not files:
         raise DataError(f"The {len(classes)} class folders of {source} hold no files.", "Give a folder with images.")
     rows = [{"image": str(file), "label": name} for file, name in files]
@@ -77,7 +79,7 @@ def _folder(source: str, root: Path) -> Rows:
 
 
 def _any_folder(source: str, root: Path) -> Rows:
-    files = list(_walk(root))
+    files = _walk(root, set())
     if not files:
         raise DataError(f"{source} holds no files.", "Give a folder with images.")
     return Rows(source, [{"image": str(file)} for file in files], places=[str(file) for file in files])
@@ -101,10 +103,18 @@ def _entries(folder: Path) -> list[Path]:
     )
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, above: set[str]) -> list[Path]:
+    """Files at any depth.
+
+    Args:
+        above: resolved paths of the folders that this one stands in, to which no link may lead back.
+    """
+    own = os.path.realpath(folder)
+    if own in above:
+        raise DataError(f"{folder} is a link back to {own}, in which it stands.", "Remove the link.")
     found: list[Path] = []
     for entry in _entries(folder):
-        found += _walk(entry) if entry.is_dir() else [entry]
+        found += _walk(entry, above | {own}) if entry.is_dir() else [entry]
     return found
 
 

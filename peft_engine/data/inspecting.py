@@ -255,6 +255,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
         lines.append(f"Left out of {name}: {told}.")
     lines += [f"  left out: {row['where']}: {row['kind']}: {row['reason']}" for row in report["removed_first"]]
-    if report["contradictory"]:
-        lines.append(f"Contradictory: {report['contradictory']:,} inputs have more than one label.")
+    if report["contradictory"] and report["labels"]:
+        when = " as read" if any("contradictory" in kinds for kinds in report["removed"].values()) else ""
+        lines.append(f"Contradictory: {report['contradictory']:,} inputs have more than one label{when}.")
     return [_visible(line) for line in lines + [f"Note: {note}" for note in report["notes"]]]

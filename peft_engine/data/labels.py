@@ -4,7 +4,6 @@ The order is the one given in `data.labels`, else sorted: whole numbers by value
 with the run and never depends on the order of the rows.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +13,12 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
 from .formats import Example
+from .text_layouts import WHOLE, is_printed, parsed
 
 LabelType = Literal["single", "multi", "regression", "tags", "choice"]
 MOST_CLASSES = 1000
 NOT_LEARNED = -100  # class id of a word without a tag
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Labels:
     """Class names in order of their ids; empty for regression and choices."""
     pair: bool = False
     """Whether they are of pairs of texts."""
+    places: bool = False
+    """Whether a tag that is a number is the place of one in `names`: data.labels gave their order."""
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -63,9 +64,9 @@ class Labels:
         return [NOT_LEARNED if tag is None else self._id(self._tag_name(tag), where) for tag in tags]
 
     def _tag_name(self, tag: str | int) -> str:
-        """A tag's name; a number is the place of one in `names`, unless they are numbers themselves."""
+        """A tag's name; a number is the place of one in `names` that were given, unless they are numbers themselves."""
         name = str(tag)
-        if name not in self._ids and WHOLE.fullmatch(name) and 0 <= int(name) < len(self.names):
+        if self.places and name not in self._ids and WHOLE.fullmatch(name) and 0 <= int(name) < len(self.names):
             return self.names[int(name)]
         return name
 
@@ -82,6 +83,12 @@ class Labels:
 
     def _id(self, name: str, where: str) -> int:
         if name not in self._ids:
+            if self.kind == "tags" and WHOLE.fullmatch(name):
+                raise DataError(
+                    f"{where}: the tag {name} is a number, and those of the training split are names "
+                    f"({_shortened(self.names)}).",
+                    "Write names, or train with data.labels, whose order numbers then follow.",
+                )
             raise DataError(
                 f"{where}: label {name!r} is not among those of the training split ({_shortened(self.names)}).",
                 "Mend the row, add training rows of this label, or set data.labels if it is one.",
@@ -90,12 +97,14 @@ class Labels:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types."""
-        return {"kind": self.kind, "names": self.names} | ({"pair": True} if self.pair else {})
+        told = {"kind": self.kind, "names": self.names}
+        return told | {name: True for name in ("pair", "places") if getattr(self, name)}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Labels":
         """What `to_json` gave."""
-        return cls(kind=saved["kind"], names=list(saved["names"]), pair=bool(saved.get("pair", False)))
+        told = {name: bool(saved.get(name, False)) for name in ("pair", "places")}
+        return cls(kind=saved["kind"], names=list(saved["names"]), **told)
 
 
 def label_of(example: Example) -> Any:
@@ -133,6 +142,8 @@ def find_labels(
     if kind == "regression":
         return replace(_regression(values, where, given, rows), pair=pair)
     listed = kind == "multi"
+    if listed:
+        _refuse_vectors(values, where)
     named = [_listed_names(v, where(i)) if listed else [_name(v, where(i))] for i, v in enumerate(values)]
     if len({frozenset(names) for names in named}) == 1:
         raise DataError(
@@ -179,7 +190,7 @@ def _choice(label_type: str, given: list[str | int] | None) -> Labels:
 def _tags(values: list[Any], where: Callable[[int], str], given: list[str | int] | None, rows: int) -> Labels:
     """Tags by name; where they are numbers, `given` names them in their order."""
     first_seen: dict[str, int] = {}
-    named = Labels("tags", [str(name) for name in given or ()])
+    named = Labels("tags", [str(name) for name in given or ()], places=given is not None)
     for i, tags in enumerate(values):
         for tag in tags:
             if tag is not None:
@@ -207,6 +218,22 @@ def _guessed_kind(values: list[Any], where: Callable[[int], str]) -> LabelType:
     if all(_is_number(value) for value in values) and not all(_is_whole(value) for value in values):
         return "regression"
     return "single"
+
+
+def _refuse_vectors(values: list[Any], where: Callable[[int], str]) -> None:
+    """Refuse labels that are all vectors of zeros and ones, two or more long and of one length."""
+    vectors = [as_list(value) or [] for value in values]
+    if len(vectors[0]) < 2 or len(set(map(len, vectors))) > 1:
+        return
+    if all(isinstance(item, int | float) and item in (0, 1) for vector in vectors for item in vector):
+        one_hot = all(sum(vector) == 1 for vector in vectors)
+        raise DataError(
+            f"{where(0)}: the label {values[0]!r} is a {'one-hot vector' if one_hot else 'vector of zeros and ones'}, "
+            "and so are all others; a list is read as the names of classes.",
+            "Write the class, such as the place of the 1, as one number per row."
+            if one_hot
+            else "Write the names of the classes that apply, such as the places of the ones.",
+        )
 
 
 def _regression(values: list[Any], where: Callable[[int], str], given: list[str | int] | None, rows: int) -> Labels:
@@ -238,11 +265,21 @@ def _sorted_names(names: Iterable[str]) -> list[str]:
 
 def _name(value: Any, where: str) -> str:
     """A class by its name: whole numbers without a decimal point, so that 1.0 and 1 are one class."""
+    name = class_name(value)
+    if name is None:
+        raise DataError(f"{where}: label {value!r} is no string or number.", "One class per row, or lists everywhere.")
+    if is_printed(value) and as_list(value) is None:
+        raise DataError(
+            f"{where}: the label {value!r} looks like a list that was printed.", 'Write it as JSON: ["a", "b"].'
+        )
+    return name
+
+
+def class_name(value: Any) -> str | None:
+    """The name of a class, None of what names none."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise DataError(f"{where}: label {value!r} is no string or number.", "One class per row, or lists everywhere.")
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 def _listed_names(value: Any, where: str) -> list[str]:
@@ -259,12 +296,8 @@ def _listed_names(value: Any, where: str) -> list[str]:
 
 
 def as_list(value: Any) -> list[Any] | None:
-    """Several classes: a list, or the list that a JSON string (a CSV cell) holds; None for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+    """Several classes: a list, or the list that a text (a CSV cell) holds, written as JSON or as Python prints it."""
+    value = parsed(value)
     return value if isinstance(value, list) else None
 
 

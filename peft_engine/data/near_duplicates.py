@@ -5,6 +5,9 @@ Two inputs are near duplicates where the sets of their word 3-grams have a Jacca
 locality-sensitive hashing (`datasketch`) and then compared exactly, so that none is reported which is not one; a pair
 at the threshold is missed with a probability below 1e-4. Training rows are compared with held-out rows only.
 
+Chinese and Japanese are written without blanks, so that there each character is a word; of a run of Thai, Lao, Khmer or
+Burmese letters each three that follow each other are one. Images are only compared exactly, by their pixels.
+
 Of a conversation the words of the user count, since a system prompt stands in every row. For the same reason 3-grams
 that stand in more than a hundredth of the held-out rows (and in more than 50) are a template's and count nowhere.
 
@@ -12,6 +15,7 @@ Before any hashing, rows that can't reach the threshold are let go exactly: a ro
 them somewhere on the other side. On most data that leaves few rows to hash.
 """
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +30,13 @@ GRAM = 3
 PERMUTATIONS = 128
 MISSED = 1e-4  # largest probability that a pair at the threshold is no candidate
 AFFORDABLE = 50_000_000  # characters that `report` looks at: about 10 seconds of one core
+IDEOGRAPHS = "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LETTERS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\uaa60-\uaa7f"
+"""Alphabets of languages that put no blanks between words: Thai and Lao, Burmese, Khmer."""
+WITHOUT_BLANKS = re.compile(f"[{IDEOGRAPHS}{LETTERS}]")
+RUNS = re.compile(f"[{IDEOGRAPHS}]|[{LETTERS}]+|[^{IDEOGRAPHS}{LETTERS}]+")
+LETTERS_OF_A_WORD = 3
+CHARACTER_COST = 5  # a character that is a word, against one of a word
 TEMPLATE_SHARE, TEMPLATE_ROWS = 0.01, 50
 
 
@@ -62,19 +73,26 @@ def find_near(
 
 
 def method_for(train: Sequence[Example], held: Mapping[str, Sequence[Example]], setting: str) -> tuple[str, str | None]:
-    """How near duplicates are looked for, `minhash` or `normalised`, and a note where that is less than was asked for.
+    """How near duplicates are looked for (`minhash`, `normalised`, images `exact`), and a note where that is less than
+    was asked for.
 
     Args:
         setting: `report` or `drop`.
     """
+    if train and "image" in train[0]:
+        return (
+            "exact",
+            "Near duplicates: images were compared exactly, by their pixels; none that are similar.",
+        )
     if find_spec("datasketch") is None:
         return "normalised", (
             "Near duplicates: only rows equal but for case, punctuation and spacing were looked for, because "
             "datasketch is not installed (pip install 'peft-engine[dedup]')."
         )
     if setting == "report" and held:
-        size = sum(len(input_key(example)) for part in (train, *held.values()) for example in part)
-        if size > AFFORDABLE:
+        keys = [input_key(example) for part in (train, *held.values()) for example in part]
+        size = sum(map(len, keys))
+        if sum(map(_cost, keys)) > AFFORDABLE:
             return "normalised", (
                 f"Near duplicates: only rows equal but for case, punctuation and spacing were looked for, because the "
                 f"data has {size:,} characters; data.near_duplicates: drop compares them all."
@@ -88,8 +106,27 @@ def words(example: Example) -> list[str]:
     if isinstance(turns, list):
         said = [turn.get("content") for turn in turns if turn["role"] == "user"]
         if said := [text for text in said if isinstance(text, str)]:
-            return near_key("\n".join(said)).split(" ")
-    return near_key(input_key(example)).split(" ")
+            return _split(near_key("\n".join(said)))
+    return _split(near_key(input_key(example)))
+
+
+def _split(key: str) -> list[str]:
+    """Words between blanks, and within runs that hold none."""
+    if not WITHOUT_BLANKS.search(key):
+        return key.split(" ")
+    found: list[str] = []
+    for word in key.split(" "):
+        for run in RUNS.findall(word):
+            if len(run) > LETTERS_OF_A_WORD and WITHOUT_BLANKS.match(run):
+                found += [run[i : i + LETTERS_OF_A_WORD] for i in range(len(run) - LETTERS_OF_A_WORD + 1)]
+            else:
+                found.append(run)
+    return found
+
+
+def _cost(key: str) -> int:
+    """Characters of a text, those that are words of their own counted as what they cost."""
+    return len(key) + (CHARACTER_COST - 1) * len(WITHOUT_BLANKS.findall(key))
 
 
 def grams(of: Sequence[str]) -> set[str]:

@@ -6,6 +6,7 @@ faults, a row that can't be read is written there and left out; what is wrong wi
 functions `…_rows` are the same row by row, so that neither the file nor its rows need fit into memory.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import DataError
+from .class_names import names_in_schema, with_names
 
 Row = dict[str, Any]
 Parsed = tuple[list[Row], list[int] | None]
@@ -263,29 +265,49 @@ def parse_columnar(source: str, suffix: str, raw: bytes) -> Parsed:
 
 
 def columnar_rows(source: str, suffix: str, file: Any) -> Iterator[Row]:
-    """Rows of Parquet or Arrow, some at a time.
+    """Rows of Parquet or Arrow, some at a time; classes by their names, where the file tells them.
 
     Args:
         file: an open pyarrow file.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        if suffix == ".parquet":
-            batches: Iterable[Any] = pa.parquet.ParquetFile(file).iter_batches(BATCH_ROWS)
-        else:
-            magic = file.read(6)
-            file.seek(0)
-            if magic == b"ARROW1":
-                opened = pa.ipc.open_file(file)
-                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-            else:
-                batches = pa.ipc.open_stream(file)
+    with _columnar_errors(source, suffix):
+        schema, batches = _opened(suffix, file)
+        names = names_in_schema(schema)
         for batch in batches:
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 rows = batch.slice(start, BATCH_ROWS).to_pylist()
-                yield from (without_nulls(row, deep=True) for row in rows)
+                yield from (with_names(without_nulls(row, deep=True), names) for row in rows)
+
+
+def columnar_names(source: str, suffix: str, file: Any) -> dict[str, list[str]]:
+    """Names of classes by column, as `columnar_rows` puts them into the rows."""
+    with _columnar_errors(source, suffix):
+        return names_in_schema(_opened(suffix, file)[0])
+
+
+def _opened(suffix: str, file: Any) -> tuple[Any, Iterable[Any]]:
+    """The schema, and the record batches one after another."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if suffix == ".parquet":
+        table = pa.parquet.ParquetFile(file)
+        return table.schema_arrow, table.iter_batches(BATCH_ROWS)
+    magic = file.read(6)
+    file.seek(0)
+    if magic == b"ARROW1":
+        opened = pa.ipc.open_file(file)
+        return opened.schema, (opened.get_batch(i) for i in range(opened.num_record_batches))
+    stream = pa.ipc.open_stream(file)
+    return stream.schema, stream
+
+
+@contextlib.contextmanager
+def _columnar_errors(source: str, suffix: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"{source} can't be read as {suffix[1:]}: {start_of(str(error), 200)}."
         raise DataError(problem, "Copy or download it again.") from error
@@ -307,6 +329,13 @@ def _pruned(value: Any, deep: bool, depth: int) -> Any:
     if isinstance(value, dict) and (deep or depth == 1):
         return {key: _pruned(item, deep, depth + 1) for key, item in value.items() if item is not None}
     return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: null, NaN, or a blank text."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip())
+    )
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, StorageError
-from .parsing import TEXT_PARSERS, Faults, Row, decode, parse_columnar, without_nulls
+from .class_names import names_in_features, with_names
+from .parsing import TEXT_PARSERS, Faults, Row, columnar_names, decode, parse_columnar, without_nulls
 
 SUFFIXES = (*TEXT_PARSERS, ".parquet", ".arrow", *(suffix + ".gz" for suffix in TEXT_PARSERS))
 
@@ -35,6 +36,8 @@ class Rows:
     """What `lines` counts: "row" in a JSON list of which rows were left out."""
     places: list[str] | None = None
     """Where each row stands in full, for sources whose rows are files."""
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+    """By column, names that stand in the rows for the numbers of the source."""
 
     def where(self, i: int) -> str:
         """Where row `i` (from 0) stands, in words: "train.jsonl, line 7" or "train.parquet, row 8"."""
@@ -95,13 +98,15 @@ def suffix_of(name: str) -> str:
 
 def _read_file(source: str, path: Path, skip_malformed: bool) -> Rows:
     if (parts := arrow_folder(source, path)) is not None:
-        return Rows(source, [row for part in parts for row in parse_columnar(*_arrow_part(source, part))[0]])
+        found = [_columnar(source, ".arrow", _read_bytes(str(part), part)) for part in parts]
+        names = found[0].class_names if found else {}
+        return Rows(source, [row for part in found for row in part.rows], class_names=names)
     raw = _read_bytes(source, path)
     suffix = known_suffix(source, path)
     if not raw:
         raise DataError(f"{source} is empty (0 bytes).", "Give a file that holds rows.")
     if suffix in (".parquet", ".arrow"):
-        return Rows(source, *parse_columnar(source, suffix, raw))
+        return _columnar(source, suffix, raw)
     if suffix.endswith(".gz"):
         try:
             raw = gzip.decompress(raw)
@@ -174,8 +179,11 @@ def arrow_folder(source: str, path: Path) -> list[Path] | None:
         raise DataError(f"{state} lists no Arrow files ({error!r}).", "Save the data set again.") from error
 
 
-def _arrow_part(source: str, part: Path) -> tuple[str, str, bytes]:
-    return source, ".arrow", _read_bytes(str(part), part)
+def _columnar(source: str, suffix: str, raw: bytes) -> Rows:
+    import pyarrow as pa
+
+    names = columnar_names(source, suffix, pa.BufferReader(raw))
+    return Rows(source, *parse_columnar(source, suffix, raw), class_names=names)
 
 
 def _near_files(path: Path) -> str:
@@ -219,4 +227,6 @@ def _read_hub(source: str, subset: str | None, default_split: str) -> Rows:
         raise ConfigError(problem, "Name a split as `name:split`, a subset as `data.subset`.") from error
     except OSError as error:
         raise StorageError(f"{what} can't be stored: {error}.", "Check the disk and HF_HOME's folder.") from error
-    return Rows(source, [without_nulls(row, deep=True) for row in loaded.to_list()])
+    names = names_in_features(loaded.features)
+    rows = [with_names(without_nulls(row, deep=True), names) for row in loaded.to_list()]
+    return Rows(source, rows, class_names=names)

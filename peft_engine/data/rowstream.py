@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 
 from ..errors import ConfigError, DataError
-from .parsing import Row, columnar_rows, decoded_lines, delimited_rows, json_rows, text_rows
+from .parsing import Row, columnar_names, columnar_rows, decoded_lines, delimited_rows, json_rows, text_rows
 from .reading import arrow_folder, file_errors, known_suffix, local_path, refuse_folder, undecompressed
 
 PIECE = 2**20  # bytes read at once
@@ -60,6 +60,16 @@ class RowStream:
     def where(self, number: int) -> str:
         """Where the row of this number stands: "train.jsonl, line 7" or "train.parquet, row 8"."""
         return f"{self.source}, {'line' if self.has_lines else 'row'} {number}"
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """By column, names that stand in the rows for the numbers of the file."""
+        import pyarrow as pa
+
+        if self.has_lines:
+            return {}
+        with file_errors(self.source, self.parts[0]), pa.OSFile(str(self.parts[0])) as file:
+            return columnar_names(self.source, self.suffix, file)
 
     def digest(self) -> str:
         """sha256 of the bytes and of the format."""

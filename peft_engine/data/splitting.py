@@ -14,6 +14,7 @@ from typing import Any
 from ..config import CleanConfig, Config, SourceConfig
 from ..config_checks import LABELLED
 from ..errors import DataError
+from .class_names import told_of_names
 from .cleaning import Dropped, counted, refuse_nothing_left, usable, without_contradictory, without_repeated
 from .drawing import draw, hold_out
 from .duplicates import contradictory, input_key, repeated
@@ -70,7 +71,7 @@ class SplitReport:
     near_where: list[str] = field(default_factory=list)
     """The first five of them."""
     near_method: str = "off"
-    """`minhash`; `normalised`: equal but for case, punctuation and spacing; `off`: not looked for."""
+    """`minhash`; `normalised`: equal but for case, punctuation and spacing; `exact`: images; `off`: not looked for."""
     near_dropped: bool = False
     """Near duplicates were removed from training."""
     removed: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class SplitReport:
     sources: list[dict[str, Any]] = field(default_factory=list)
     """Of a mixture: path, weight, rows read, rows of the training split and rows seen per epoch."""
     contradictory: int = 0
-    """Inputs that stand in the data, in any split, with more than one label."""
+    """Inputs that stand in the data as it was read, in any split, with more than one answer."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user."""
 
@@ -134,7 +135,8 @@ def _load_train(config: Config, report: SplitReport) -> tuple[Split, Layout]:
     where: list[str] = []
     whole, layouts, read = Split(examples, where), [], []
     for number, source in enumerate(sources_of(config)):
-        part, _, layout = _load(source, config, True, HUB_SPLITS["train"], "train")
+        part, rows, layout = _load(source, config, True, HUB_SPLITS["train"], "train")
+        report.notes += told_of_names(layout.columns, rows.class_names, source.path)
         layouts.append(layout)
         if layout.kind != layouts[0].kind:
             raise DataError(
@@ -167,6 +169,7 @@ def load_splits(config: Config) -> Splits:
         labels = find_labels(train.examples, train.where.__getitem__, config.data.label_type, config.data.labels)
     whole = [*train.examples] + [example for split in held.values() for example in split.examples]
     report.contradictory = contradictory(whole)
+    note_answers(config, report)
     train = _without_leaked(train, held, config, report, dropped)
     train, made = _make_splits(train, held, labels, config, report)
     held |= made
@@ -185,6 +188,13 @@ def load_splits(config: Config) -> Splits:
     splits = Splits(parts["train"], parts.get("eval"), parts.get("test"), layout, labels, report, digest_of(parts))
     splits.dropped = dropped
     return splits
+
+
+def note_answers(config: Config, report: SplitReport) -> None:
+    """Tell how many prompts have several answers: no fault where text is learned."""
+    if report.contradictory and config.task not in LABELLED:
+        when = "" if config.data.clean.contradictory == "keep" else " before data.clean.contradictory"
+        report.notes.append(f"{report.contradictory} prompts have several answers{when}.")
 
 
 def _cleaned(

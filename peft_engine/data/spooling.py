@@ -21,12 +21,12 @@ import numpy as np
 
 from ..config import Config
 from ..errors import DataError, EngineError
-from . import duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts
+from . import class_names, duplicates, examples, flatfiles, formats, labels, parsing, rowstream, text_layouts
 from . import messages as chat_shape
 from .duplicates import input_key, label_key, near_key, row_key
 from .examples import refused_rows, to_example
 from .flatfiles import Writer, locked, mapped, read_exactly, read_notes
-from .formats import Example, Layout, find_layout
+from .formats import Example, Layout, find_layout, first_value, told_by_value
 from .labels import as_list
 from .messages import Malformed
 from .parsing import Row
@@ -150,7 +150,7 @@ def spool(config: Config, place: Path) -> Spool:
             try:
                 while True:
                     found = _pass(stream, layout, writer)
-                    complete = find_layout(_sample(stream, found.columns), config.task, columns)
+                    complete = find_layout(_sample(stream, found.columns, config.task), config.task, columns)
                     if complete == layout:
                         break
                     layout = complete  # a column further down changed what the rows mean
@@ -170,7 +170,8 @@ def spool(config: Config, place: Path) -> Spool:
 @cache
 def _code() -> str:
     """sha256 of the code that decides what a store holds: one that another version wrote is not read."""
-    modules = (chat_shape, duplicates, examples, flatfiles, formats, parsing, rowstream, text_layouts)
+    data = (class_names, duplicates, examples, flatfiles, formats, labels, parsing, rowstream, text_layouts)
+    modules = (chat_shape, *data)
     text = "".join(inspect.getsource(module) for module in modules) + inspect.getsource(_Pieces)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -180,19 +181,20 @@ def _layout(stream: RowStream, task: str, columns: dict[str, str]) -> Layout:
     if next(iter(stream), None) is None:
         raise DataError(f"{stream.source} holds no rows.", "Give a file or split that holds some.")
     try:
-        return find_layout(_sample(stream, _columns(islice(stream, FIRST_ROWS))), task, columns)
+        return find_layout(_sample(stream, _columns(islice(stream, FIRST_ROWS)), task), task, columns)
     except EngineError:
-        return find_layout(_sample(stream, _columns(stream)), task, columns)
+        return find_layout(_sample(stream, _columns(stream), task), task, columns)
 
 
 def _columns(rows: Iterable[tuple[Row, int]]) -> list[str]:
     return list(dict.fromkeys(key for row, _ in rows for key in row))
 
 
-def _sample(stream: RowStream, columns: Sequence[str]) -> Rows:
+def _sample(stream: RowStream, columns: Sequence[str], task: str) -> Rows:
     """The first row, with the columns of all: as much of the rows as their layout is told by."""
     first, _ = next(iter(stream))
-    return Rows(stream.source, [dict.fromkeys(columns) | first])
+    values = {column: first_value((row for row, _ in stream), column) for column in told_by_value(task, columns)}
+    return Rows(stream.source, [dict.fromkeys(columns) | first | values])
 
 
 @dataclass

@@ -22,6 +22,7 @@ import numpy as np
 from ..config import Config
 from ..config_checks import LABELLED
 from ..errors import DataError
+from .class_names import told_of_names
 from .cleaning import Dropped, counted
 from .encoding import cache_folder
 from .flatfiles import storage_faults
@@ -37,6 +38,7 @@ from .splitting import (
     given_splits,
     label_type_of,
     limited,
+    note_answers,
 )
 from .spooling import HASHES, Places, Spool, StoredExamples, hashes_of, spool
 
@@ -92,12 +94,13 @@ def stream_splits(config: Config) -> Splits:
     report = SplitReport()
     home, folder = _store_folder(config)
     stored = spool(config, folder)
+    report.notes += told_of_names(stored.layout.columns, stored.stream.class_names, stored.stream.source)
     own = Hashes(*(stored.hashes(name) for name in HASHES))
     given = given_splits(config, stored.layout)
     theirs = {name: Hashes.of(split) for name, split in given.items()}
     labels = _labels(config, stored, own, np.arange(stored.rows), config.data.label_type)
-    if labels is not None:
-        report.contradictory = _contradictory([own, *theirs.values()])
+    report.contradictory = _contradictory([own, *theirs.values()])
+    note_answers(config, report)
     left, dropped = _without_leaked(config, stored, own, given, theirs, report)
     left, made = _make_splits(config, stored, own, left, given, labels, report)
     if labels is not None and (labels := _labels(config, stored, own, left, label_type_of(labels))) is not None:
@@ -147,11 +150,11 @@ def _classes(stored: Spool, values: np.ndarray, labels: Labels) -> Iterable[tupl
 
 
 def _contradictory(parts: list[Hashes]) -> int:
-    """Inputs that stand there with more than one label."""
-    inputs, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
-    order = np.lexsort((labels, inputs))
-    inputs, labels = inputs[order], labels[order]
-    differ = (inputs[1:] == inputs[:-1]) & (labels[1:] != labels[:-1])
+    """Inputs that stand there with more than one answer: of one input, rows differ in nothing else."""
+    inputs, rows = (np.concatenate([getattr(part, name) for part in parts]) for name in ("inputs", "rows"))
+    order = np.lexsort((rows, inputs))
+    inputs, rows = inputs[order], rows[order]
+    differ = (inputs[1:] == inputs[:-1]) & (rows[1:] != rows[:-1])
     return len(np.unique(inputs[1:][differ]))
 
 

@@ -165,7 +165,7 @@ class CausalLM:
         prompts = [prompt_and_answer(example, self.tokenizer)[0] for example in examples]
         if not prompts:
             raise DataError("There are no rows to predict.", "Give a file with rows.")
-        templated = is_conversation(examples[0])
+        templated = [is_conversation(example) for example in examples]
         return generate_all(model, self.tokenizer, prompts, settings.max_new_tokens, size, templated=templated)
 
     def judge_answers(

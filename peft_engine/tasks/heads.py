@@ -25,13 +25,18 @@ def load_with_head(
         ConfigError: the class has no such head, or other tensors are missing (trap 22).
     """
     model, new = load_model(config, auto_class, model_config, device, is_head)
-    heads = [
+    heads = head_modules(model)
+    fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
+    return Backbone(model, heads, fresh, peft_task, digest_weights(model.base_model))
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules beside the base model that have weights."""
+    return [
         name
         for name, child in model.named_children()
         if name != model.base_model_prefix and any(True for _ in child.parameters())
     ]
-    fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
-    return Backbone(model, heads, fresh, peft_task, digest_weights(model.base_model))
 
 
 def is_head(model: PreTrainedModel, name: str) -> bool:

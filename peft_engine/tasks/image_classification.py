@@ -20,7 +20,9 @@ from ..data.labels import Labels
 from ..errors import ConfigError, DataError
 from .base import Batch, to_device
 from .class_metrics import ClassMeter, predictions
+from .heads import head_modules, is_head, name_classes
 from .pixels import load_pixels
+from .timm_models import WRAPPER, TimmProcessor, head_names, is_timm, require_timm
 from .weighting import WEIGHT, add_weights, weighted_cross_entropy
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
@@ -39,7 +41,8 @@ class ImageClassification:
         self.primary = {"single": "accuracy", "multi": "f1_micro", "regression": "pearson"}[labels.kind]
         self.maximize = True
         require_pillow()
-        _refuse_timm(config)
+        if is_timm(config.model):
+            require_timm(config.model)
         self.pixels = load_pixels(config.model, config.data.image_size)
         self.processor = self.pixels.processor
         self.arguments: dict[str, Any] = {}  # of the model's forward, beside the pixels
@@ -54,21 +57,18 @@ class ImageClassification:
     def load(self, device: torch.device) -> Backbone:
         settings = load_settings(self.config.model)
         names = self.labels.names or ["value"]
-        settings.num_labels = len(names)
-        settings.id2label = dict(enumerate(names))
-        settings.label2id = {name: i for i, name in enumerate(names)}
+        name_classes(settings, names)
         settings.problem_type = PROBLEM[self.labels.kind]
+        if isinstance(self.processor, TimmProcessor):
+            settings.pretrained_cfg = self.processor.pretrained_cfg  # a merged model makes its images by it
+            settings.label_names = names  # timm's place for them
         model, new = load_model(self.config, AutoModelForImageClassification, settings, device, _is_head)
-        heads = [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and any(True for _ in child.parameters())
-        ]
+        heads = _heads(model)
         fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
         if fresh:
             self._soften(model)
         self._fit(model)
-        return Backbone(model, heads, fresh, None, digest_weights(model.base_model), self.decisions)
+        return Backbone(model, heads, fresh, None, digest_weights(model.base_model, _inner(model)), self.decisions)
 
     def _soften(self, model: PreTrainedModel) -> None:
         """A new head under a dropout made for a thousand classes would hardly learn (MobileNet's default is 0.8)."""
@@ -103,7 +103,7 @@ class ImageClassification:
         try:
             with torch.no_grad():
                 found = self.forward(model, {"pixel_values": self.probe(model)["pixel_values"][:1]})
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise ConfigError(
                 f"data.image_size: {type(model).__name__} takes no images of {size[0]} x {size[1]} pixels "
                 f"({str(error).splitlines()[0]}).",
@@ -196,15 +196,18 @@ class ImageClassification:
         """Nothing: the model is of transformers' own class."""
 
 
+def _heads(model: PreTrainedModel) -> list[str]:
+    if model.config.model_type == WRAPPER:
+        return head_names(model)
+    return head_modules(model)
+
+
 def _is_head(model: PreTrainedModel, name: str) -> bool:
-    return not name.startswith(f"{model.base_model_prefix}.")
+    inner = tuple(f"{model.base_model_prefix}.{part}" for part in _inner(model))
+    return is_head(model, name) or name.startswith(inner)
 
 
-def _refuse_timm(config: Config) -> None:
-    """transformers runs timm's models with timm's transforms, which need torchvision."""
-    kind = load_settings(config.model).model_type
-    if kind == "timm_wrapper":
-        raise ConfigError(
-            f"model.path: {config.model.path} is a timm model, and timm's image transforms are not made by PIL.",
-            "Take a model of transformers' own: ResNet, MobileNet, ViT, Swin, ConvNext, DeiT, DINOv2.",
-        )
+def _inner(model: PreTrainedModel) -> tuple[str, ...]:
+    """Beginnings of the head's names inside of the base model, where timm has it."""
+    base = f"{model.base_model_prefix}."
+    return tuple(f"{name.removeprefix(base)}." for name in _heads(model) if name.startswith(base))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..backbone import load_image_processor, load_settings
 from ..config import ModelConfig
 from ..errors import ConfigError
+from .timm_models import TimmProcessor, is_timm
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -67,6 +68,9 @@ def load_pixels(settings: ModelConfig, image_size: int | None) -> Pixels:
     Raises:
         ConfigError: it can't be loaded, or does more to an image than resize, crop and arithmetic per byte.
     """
+    if is_timm(settings):
+        timm = TimmProcessor(load_settings(settings), settings.path, image_size)
+        return _taken_apart(timm, "pretrained_cfg in the model's config.json", settings.path)
     folder = Path(settings.path).expanduser()
     if folder.is_dir() and not any((folder / name).is_file() for name in FILES):
         make, source = _of_architecture(settings)

@@ -37,11 +37,15 @@ def for_training(data: EncodedSet, splits: Splits, task: Task, config: Config) -
 
 
 def _written(data: EncodedSet, splits: Splits, task: Templated) -> np.ndarray | None:
-    """Tokens that somebody wrote, bool (total_tokens,); None where no chat template wrote any."""
-    if not task.is_templated(splits.train.examples[0]):
+    """Tokens that somebody wrote, bool (total_tokens,); None where no chat template wrote any. A mixture may hold rows
+    of both kinds."""
+    templated = [task.is_templated(splits.train.examples[int(row)]) for row in data.rows]
+    if not any(templated):
         return None
-    flags = np.zeros(len(data.input_ids), dtype=bool)
+    flags = np.ones(len(data.input_ids), dtype=bool)
     for i, row in enumerate(data.rows):
-        start, end = int(data.offsets[i]), int(data.offsets[i + 1])
-        flags[start:end] = task.written(splits.train.examples[int(row)], splits.train.where[int(row)])[: end - start]
+        if templated[i]:
+            start, end = int(data.offsets[i]), int(data.offsets[i + 1])
+            example, where = splits.train.examples[int(row)], splits.train.where[int(row)]
+            flags[start:end] = task.written(example, where)[: end - start]
     return flags

@@ -264,16 +264,22 @@ class Loop:
     def _judge(self, trainee: Trainee, step: int, value: float) -> None:
         """Early stopping and the best weights so far."""
         stopping = self.config.training.early_stopping
-        gain = math.inf if trainee.best_value is None else value - trainee.best_value
-        if not self.task.maximize and trainee.best_value is not None:
-            gain = -gain
-        if gain > (stopping.min_delta if stopping else 0.0):
-            trainee.best_value, trainee.best_step, trainee.waited = value, step, 0
+        if self._gain(value, trainee.best_value) > 0:
+            trainee.best_value, trainee.best_step = value, step
             if self.config.training.restore_best:
                 trainee.best_tensors = {name: t.detach().cpu().clone() for name, t in trainee.member.tensors.items()}
+        # patience asks for more: small gains add up to one that counts, but each by itself is none
+        if self._gain(value, trainee.counted_value) > (stopping.min_delta if stopping else 0.0):
+            trainee.counted_value, trainee.waited = value, 0
         else:
             trainee.waited += 1
         trainee.stopped = bool(stopping and trainee.waited >= stopping.patience)
+
+    def _gain(self, value: float, before: float | None) -> float:
+        """By how much the primary metric is better than it was; infinite where there was none."""
+        if before is None:
+            return math.inf
+        return value - before if self.task.maximize else before - value
 
     def _final_weights(self) -> None:
         """The best evaluation's weights, the average, or the last."""

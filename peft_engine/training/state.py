@@ -9,6 +9,8 @@ from ..adapters.group import Member
 from ..data.batching import BatchPlan
 from .ema import Average
 
+EARLIER = {"counted_value": "best_value"}  # what older checkpoints hold instead
+
 
 @dataclass
 class Trainee:
@@ -21,7 +23,8 @@ class Trainee:
         window: sums since the last logged row: loss, units, tokens, seconds.
         step_seconds: wall seconds of each step that was not measured for memory, not the first.
         best: value, step and weights (where they are to be restored) of the best evaluation.
-        waited: evaluations without improvement.
+        counted_value: the last value that was better by more than early stopping's min_delta.
+        waited: evaluations since then.
         stopped: early stopping ended it.
     """
 
@@ -40,6 +43,7 @@ class Trainee:
     best_value: float | None = None
     best_step: int | None = None
     best_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    counted_value: float | None = None
     waited: int = 0
     stopped: bool = False
     updates: int = 0  # optimizer steps at a learning rate above 0
@@ -57,6 +61,7 @@ class Trainee:
         "live_bytes",
         "best_value",
         "best_step",
+        "counted_value",
         "waited",
         "stopped",
         "updates",
@@ -69,4 +74,4 @@ class Trainee:
 
     def restore(self, saved: dict[str, Any]) -> None:
         for name in self.SAVED:
-            setattr(self, name, saved[name])
+            setattr(self, name, saved[name] if name in saved else saved[EARLIER[name]])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from adapted import (
     OPTIONS,
     RANK,
@@ -30,10 +31,12 @@ from peft_engine.adapters.files import load_adapter, save_adapter
 from peft_engine.adapters.fusing import fuse
 from peft_engine.adapters.group import MemberSpec
 from peft_engine.adapters.methods import adapt
+from peft_engine.backbone import Backbone
 from peft_engine.config import Config
 from peft_engine.config_methods import BOTTLENECK, SETTINGS, WHOLE_TENSORS, names, peft_type
 from peft_engine.config_reading import load_config, to_yaml
 from peft_engine.errors import ConfigError
+from peft_engine.exporting import _merge
 from peft_engine.using import evaluate, export, generate
 
 LM, CLASSES = "causal-lm", "text-classification"
@@ -79,12 +82,13 @@ def test_a_whole_run(
     if peft_type(method):
         assert export(out)[1].relative < 1e-4
     else:
-        with pytest.raises(ConfigError, match="holds no peft adapter"):
+        with pytest.raises(ConfigError, match=r"holds no peft adapter[\s\S]*use it through peft-engine"):
             export(out)
     if merges:
         assert export(out, merged=True)[1].relative < 1e-4
     else:
-        with pytest.raises(ConfigError, match=r"can't merge this adapter|can't be folded into"):
+        advice = "load the adapter with peft" if peft_type(method) else "use it through peft-engine"
+        with pytest.raises(ConfigError, match=rf"can't be folded into the weights[\s\S]*{advice}"):
             export(out, merged=True)
 
 
@@ -220,7 +224,7 @@ def test_more_layers_than_there_are() -> None:
 
 
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit", "swin"])
 def test_bottleneck_adapters_are_what_the_papers_say(method: str, family: str) -> None:
     """Against hooks on a plain model: y + up(act(down(y))) behind a block, scale · up(act(down(x))) beside the MLP."""
     group = group_of(method, family)
@@ -252,6 +256,66 @@ def test_bottleneck_adapters_are_what_the_papers_say(method: str, family: str) -
         for name in layer.attention if method == "houlsby" else []:
             plain.get_submodule(name).register_forward_hook(behind(name))
     assert torch.allclose(logits_of(group.model, family), logits_of(plain, family), atol=1e-5)
+
+
+def test_every_block_of_every_stage_has_its_bottlenecks() -> None:
+    blocks = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1"]
+    found = find_layers(backbone_of("swin"))
+    assert [(layer.attention, layer.mlp[0], layer.mlp[-1], layer.width) for layer in found] == [
+        ([f"{name}.attention.o_proj"], f"{name}.mlp.fc1", f"{name}.mlp.fc2", width)
+        for name, width in zip((f"swin.encoder.{block}" for block in blocks), (16, 32, 32), strict=True)
+    ]
+    tensors = group_of("houlsby", "swin").members[0].tensors
+    assert {n.split(".bottleneck")[0] for n in tensors if "bottleneck" in n} == {
+        f"swin.encoder.{block}.{place}" for block in blocks for place in ("attention.o_proj", "mlp.fc2")
+    }
+
+
+SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+STAGES: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4]}
+MOE = {"num_experts": 4, "moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
+SWITCH = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 2}
+PYRAMID = {"image_size": [32, 32], "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1}
+PYRAMID |= {"query_stride": [2, 2], "patch_stride": [4, 4], "masked_unit_size": [4, 4]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "count"),
+    [
+        ("Swinv2", STAGES | {"window_size": 4}, 3),
+        ("DeiT", {"hidden_size": 16, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}, 12),
+        ("Albert", SMALL | {"embedding_size": 16, "num_hidden_groups": 2, "num_hidden_layers": 4}, 2),
+        ("ConvNext", {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2}, 0),  # no attention
+        ("Hiera", PYRAMID, 0),  # a projection behind the MLP of some blocks
+        ("Qwen3Moe", SMALL | MOE | {"mlp_only_layers": [0], "num_hidden_layers": 2}, 0),  # experts in some layers
+        ("SwitchTransformers", SWITCH, 0),  # a list of experts
+    ],
+)
+def test_layers_are_found_all_or_refused(kind: str, settings: dict[str, Any], count: int) -> None:
+    model: Any = getattr(tf, f"{kind}Model")(getattr(tf, f"{kind}Config")(**settings))
+    if count:
+        assert len({layer.mlp[-1] for layer in find_layers(Backbone(model))}) == count
+        return
+    with pytest.raises(ConfigError, match=f"{kind}Model has no layers of attention and MLP"):
+        find_layers(Backbone(model))
+
+
+MERGES = ("lora", "layernorm", "ia3", "loha", "lokr", "adalora", "hira", "hra")
+
+
+@pytest.mark.parametrize("family", ["bert", "resnet"])
+@pytest.mark.parametrize("method", MERGES)
+def test_a_new_head_is_merged_into_its_place(method: str, family: str) -> None:
+    """Nothing of peft stays round the trained head; resnet's is a Sequential."""
+    group = group_of(method, family)
+    train(group, family, steps=2)
+    wanted = logits_of(group.model, family)
+    merged = _merge(group.model)  # type: ignore[arg-type]
+    assert torch.allclose(logits_of(merged, family), wanted, atol=1e-4)
+    plain = backbone_of(family).model
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(merged.state_dict())
+    assert torch.equal(logits_of(plain, family), logits_of(merged, family))
 
 
 def test_bottleneck_settings_must_be_those_of_the_file(tmp_path: Path) -> None:

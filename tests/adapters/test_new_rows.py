@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import HIDDEN, assemble, config, logits_of, pair_rows, write_rows
+from tiny_seq2seq import copy_rows, make_seq2seq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_engine.config import Config
@@ -106,6 +107,14 @@ def test_the_same_rows_again(tiny_model: Callable[[str], Path], tmp_path: Path) 
 def test_refused_in_the_settings(tokens: list[str], adapter: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(tmp_path, tmp_path, tokens, **adapter)
+
+
+def test_two_models_in_one_are_refused(tmp_path: Path) -> None:
+    model = make_seq2seq("bert2bert", tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", copy_rows(12))
+    settings = config("seq2seq", model, rows, tmp_path / "out", model={"new_tokens": ["<a>"]})
+    with pytest.raises(ConfigError, match="is an EncoderDecoderModel, two models with embeddings of their own"):
+        assemble(settings)
 
 
 def test_a_token_that_is_there_already(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -200,5 +200,25 @@ def test_every_type_of_the_installed_peft(kind: str, tmp_path: Path) -> None:
     check_round_trip(method, "llama", group, tmp_path)
 
 
+def scaled_inputs(group: Any) -> set[str]:
+    return {n for n, m in group.model.get_base_model().named_modules() if getattr(m, "is_feedforward", False)}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ".*dense", ["output.dense", "query"]])
+def test_feedforward_modules_of_ia3_are_compared_with_the_real_targets(targets: Any) -> None:
+    ending = "dense" if isinstance(targets, str) else "output.dense"
+    group = group_of("ia3", "bert", targets=targets, options={"feedforward_modules": [ending]})
+    named = {n for n, m in make("bert").named_modules() if isinstance(m, nn.Linear) and n.endswith(f".{ending}")}
+    assert scaled_inputs(group) == named
+    train(group, "bert")
+
+
+def test_feedforward_modules_that_are_no_targets() -> None:
+    with pytest.raises(ConfigError, match="should be a subset of `target_modules`"):
+        group_of("ia3", "bert", options={"feedforward_modules": ["densee"]})
+    with pytest.raises(ValueError, match="should be a subset of `target_modules`"):
+        settings_of("ia3", targets=["query"], options={"feedforward_modules": ["dense"]})
+
+
 def test_no_settings_stand_for_methods_that_are_gone() -> None:
     assert set(OPTIONS) <= set(names())

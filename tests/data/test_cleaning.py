@@ -9,8 +9,11 @@ from tiny import class_rows, config, pair_rows, write_rows
 
 from peft_engine.config import Config
 from peft_engine.data.cleaning import without_contradictory, without_repeated
+from peft_engine.data.duplicates import contradictory, repeated
+from peft_engine.data.inspecting import _warnings, inspect_splits
 from peft_engine.data.reading import read_rows
 from peft_engine.data.splitting import load_one, load_splits
+from peft_engine.data.spooling import hashes_of
 from peft_engine.errors import DataError
 from peft_engine.inspection import inspect_data
 from peft_engine.run import train
@@ -53,6 +56,22 @@ FAULTY = [
     ('{"text": "x", "label": ""}', "empty", "missing"),
     ('{"text": "x", "label": null}', "empty", "missing"),
 ]
+TALK = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+CHOICES = {"question": "q", "choices": ["a", "b"], "label": 0}
+TAGGED = {"tokens": ["a", "b"], "tags": ["X", "O"]}
+EMPTY = [
+    ("token-classification", TAGGED, {"tokens": [], "tags": []}),
+    ("token-classification", TAGGED, {"tokens": None}),
+    ("token-classification", TAGGED, {"tokens": "  "}),
+    ("token-classification", TAGGED, {"tags": []}),
+    ("token-classification", TAGGED, {"tags": None}),
+    ("text-classification", CHOICES, {"choices": ["a", " "]}),
+    ("text-classification", CHOICES, {"choices": []}),
+    ("text-classification", CHOICES, {"choices": None}),
+    ("causal-lm", TALK, {"messages": None}),
+    ("causal-lm", TALK, {"messages": ""}),
+    ("kto", {"prompt": "p", "completion": "c", "label": True}, {"label": None}),
+]
 
 
 @pytest.mark.parametrize(("line", "kind", "reason"), FAULTY)
@@ -69,6 +88,16 @@ def test_faulty_rows_are_refused_by_default_and_dropped_where_asked(of, line, ki
     assert splits.report.removed == {"train": {kind: 1}}
     assert [row["text"] for row in splits.train.examples] == [json.loads(row)["text"] for row in good]
     assert [where.rsplit(" ", 1)[1] for where in splits.train.where] == [str(n) for n in range(1, 12) if n != 5]
+
+
+@pytest.mark.parametrize(("task", "row", "change"), EMPTY)
+def test_parts_that_hold_nothing_are_empty(of, task, row, change):
+    rows = [row, row | change, row]
+    splits = load_splits(of(lines(rows), task=task, clean={"empty": "drop"}, near_duplicates="off"))
+    assert told(splits) == [("rows.jsonl, line 2", "empty")]
+    del rows[1][next(iter(change))]
+    with pytest.raises(DataError, match=r"line 2: .*clean\.malformed"):
+        load_splits(of(lines(rows), task=task, clean={"empty": "drop"}))
 
 
 def test_broken_lines_of_csv(of):
@@ -156,6 +185,65 @@ def test_repeated_rows():
         ("eval", "f, line 2", "repeats f, line 1"),
         ("eval", "f, line 7", "repeats f, line 6"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "alike"),
+    [
+        (row("t", 1), row("t", "1"), True),
+        (row("t", 1.0), row("t ", 1), True),
+        (row("t", ["a", "b"]), row("t", ["b", "a"]), True),
+        (row("t", '["a", "b"]'), row("t", ["b", "a"]), True),
+        (row("t", ["a", "b"]), row("t", ["b"]), False),
+        (row("t", "1"), row("t", "2"), False),
+        ({"tokens": ["a"], "tags": [1]}, {"tokens": ["a"], "tags": ["1"]}, True),
+        ({"tokens": ["a"], "tags": [None]}, {"tokens": ["a"], "tags": ["None"]}, False),
+        ({"source": "s", "target": "t"}, {"source": "s", "target": " t"}, True),
+        ({"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "b"}, False),
+    ],
+)
+def test_counts_and_what_is_dropped_agree_on_what_is_one_answer(one, two, alike):
+    rows, where = [one, two], ["1", "2"]
+    assert repeated(rows) == len(without_repeated(rows, where, "train")[1]) == (1 if alike else 0)
+    assert contradictory(rows) == (0 if alike else 1)
+    assert len(without_contradictory(rows, where, "drop")[1]) == (0 if alike else 2)
+    hashes = [hashes_of(row) for row in rows]
+    assert hashes[0][0] == hashes[1][0]
+    assert (hashes[0][1] == hashes[1][1]) == alike
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"text": "a\nb", "text_pair": "c"}, {"text": "a", "text_pair": "b\nc"}),
+        ({"text": "a\x1f\x1eb", "text_pair": "c"}, {"text": "a", "text_pair": "b\x1f\x1ec"}),
+        ({"tokens": ["a\x1f", "\x1ec"]}, {"tokens": ["a", "\x1f\x1ec"]}),
+        ({"tokens": ["a", "b c"]}, {"tokens": ["a b", "c"]}),
+        ({"text": "q", "choices": ["a\nb", "c"]}, {"text": "q", "choices": ["a", "b\nc"]}),
+    ],
+)
+def test_different_rows_are_no_duplicates(one, two):
+    assert without_repeated([one, two], ["1", "2"], "train")[1] == []
+    assert hashes_of(one)[:2] != hashes_of(two)[:2]
+
+
+@pytest.mark.parametrize(
+    ("task", "parts"), [("causal-lm", ("prompt", "completion")), ("seq2seq", ("source", "target"))]
+)
+def test_prompts_with_several_answers_are_a_note(of, tmp_path, task, parts):
+    rows = [dict(zip(parts, (f"q {i // 2}", f"a {i % 3}"), strict=True)) for i in range(30)]
+    kept = load_splits(of(lines([*rows, *rows]), task=task))
+    assert kept.report.contradictory == 15
+    assert kept.report.notes[0] == "15 prompts have several answers."
+    streamed = load_splits(of(lines([*rows, *rows]), task=task, streaming=True, cache=str(tmp_path / "cache")))
+    assert (streamed.report.contradictory, streamed.report.notes[0]) == (15, kept.report.notes[0])
+    told = "\n".join(_warnings(inspect_splits(kept, {})))
+    assert "Note: 15 prompts have several answers." in told
+    assert "Contradictory" not in told
+    rows.append(dict(zip(parts, ("alone", "b"), strict=True)))
+    gone = load_splits(of(lines(rows), task=task, clean={"contradictory": "drop"}))
+    assert gone.report.removed == {"train": {"contradictory": 30}}
+    assert gone.report.notes[0] == "15 prompts have several answers before data.clean.contradictory."
 
 
 def test_contradictory_rows_of_training_alone_and_before_repetitions(of, tmp_path):

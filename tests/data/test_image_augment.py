@@ -10,6 +10,7 @@ from peft_engine.data.augmenting_images import NAMES, OPERATIONS, augment, descr
 from peft_engine.data.encoding import EncodedSet
 from peft_engine.data.image_sheets import image_preview, write_sheet
 from peft_engine.errors import ConfigError
+from peft_engine.runtime import combine
 
 ALL = ImageAugmentConfig(flip=0.5, crop=0.3, colour=0.4, randaugment=2, magnitude=20)
 
@@ -165,6 +166,10 @@ def test_a_sheet_shows_images_before_and_after(tmp_path):
     assert sheet.shape == (6 * (24 + 2), 3 * (31 + 2), 3)
     np.testing.assert_array_equal(sheet[26 : 26 + 24, :31], data.columns["pixels"][1])
     assert not np.array_equal(sheet[:24, 33 : 33 + 31], data.columns["pixels"][0])
+    change = image_change(ALL)
+    for step in (1, 2):  # the loop's own draws
+        drawn = change(data, np.arange(6), combine(0, 4, step)).columns["pixels"]
+        np.testing.assert_array_equal(sheet[26 : 26 + 24, 33 * step : 33 * step + 31], drawn[1])
     write_sheet(str(tmp_path / "b.png"), data, ImageAugmentConfig(), seed=0)
     assert np.asarray(Image.open(tmp_path / "b.png")).shape == (6 * 26, 33, 3)
     with pytest.raises(ConfigError, match=r"ends in \.png"):

@@ -315,3 +315,54 @@ def test_the_digest_of_examples_follows_pixels_not_names(tmp_path):
     write_folder(tmp_path / "b", 9)
     assert load_splits(config(tmp_path / "a")).digest == load_splits(config(tmp_path / "b")).digest
     json.dumps([str(row["image"]) for row in load_splits(config(tmp_path / "a")).train.examples])
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_image_sets_of_the_datasets_library(tmp_path, form):
+    """Images as bytes, classes by name."""
+    import datasets
+
+    pixels = [noise(i, 8, 9) for i in range(30)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "fox"])})
+    columns = {"image": [Image.fromarray(p) for p in pixels], "label": [i % 3 for i in range(30)]}
+    found = datasets.Dataset.from_dict(columns, features=features)
+    source = tmp_path / ("saved" if form == "folder" else "rows.parquet")
+    if form == "folder":
+        found.save_to_disk(str(source))
+    else:
+        found.to_parquet(source)
+    splits = load_splits(config(source, split={"eval": 0.2, "test": 0.0}))
+    assert splits.labels.names == ["cat", "dog", "fox"]
+    by_digest = {picture(p, "").digest: i for i, p in enumerate(pixels)}
+    for example in splits.train.examples:
+        i = by_digest[example["image"].digest]
+        assert example["label"] == ["cat", "dog", "fox"][i % 3]
+
+
+@pytest.mark.parametrize("target", ["a", "."])
+def test_a_link_back_is_refused(tmp_path, target):
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(noise(1, 8, 8)).save(tmp_path / "set" / name / "0.png")
+    (tmp_path / "set" / "a" / "link").symlink_to(tmp_path / "set" / target)
+    with pytest.raises(DataError, match="is a link back to"):
+        load_splits(config(tmp_path / "set"))
+
+
+def test_a_column_of_labels_in_npz_is_one_class_each(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.stack([noise(i) for i in range(6)]), label=(np.arange(6) % 2)[:, None])
+    splits = load_splits(config(tmp_path / "a.npz", split={"eval": 0.0, "test": 0.0}))
+    assert splits.labels.kind == "single"
+    assert [row["label"] for row in splits.train.examples] == [0, 1] * 3
+
+
+@pytest.mark.parametrize("image", [None, " ", {"bytes": None, "path": None}])
+def test_a_row_without_an_image_is_empty(image, tmp_path):
+    write_folder(tmp_path / "data", 9)
+    files = sorted((tmp_path / "data").rglob("*.png"))
+    rows = [{"image": str(file), "label": file.parent.name} for file in files]
+    rows[1]["image"] = image
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"split": {"eval": 0.0, "test": 0.0}, "clean": {"empty": "drop"}}
+    splits = load_splits(config(tmp_path / "rows.jsonl", **data))
+    assert splits.report.removed == {"train": {"empty": 1}}

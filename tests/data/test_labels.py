@@ -31,6 +31,8 @@ def labels_of(values, label_type="auto", given=None):
         (["1.5", "2", "high"], "single", ["1.5", "2", "high"]),
         ([["b"], ["a", "b"], []], "multi", ["a", "b"]),
         (['["b"]', '["a", "b"]', "[]"], "multi", ["a", "b"]),
+        (["['b']", "['a', 'b']", '["it\'s"]', "[]"], "multi", ["a", "b", "it's"]),
+        ([[0], [1], [0]], "multi", ["0", "1"]),
         ([[2], [10, 2]], "multi", ["2", "10"]),
         (["a|b", "a"], "single", ["a", "a|b"]),
         (["[draft", "final"], "single", ["[draft", "final"]),
@@ -79,8 +81,11 @@ def test_an_unseen_label_names_itself_its_place_and_the_known_ones():
         ([0.5, 0.5], "auto", None, DataError, "0.5"),
         ([[], []], "auto", None, DataError, "at least two classes"),
         ([["a"], ["a"]], "auto", None, DataError, "at least two classes"),
-        ([[0, 1], [1, 0]], "auto", None, DataError, "at least two classes"),
+        ([[0, 1], [1, 0]], "auto", None, DataError, r"row 1: the label \[0, 1\] is a one-hot vector"),
+        ([[0.0, 1.0], [1.0, 0.0]], "multi", None, DataError, "place of the 1, as one number"),
         ([[0, 1, 1], [1, 0, 0]], "auto", None, DataError, "zeros and ones"),
+        (["['a' 'b']", "['a']", "c"], "single", None, DataError, "row 1.*a list that was printed"),
+        (["[0 1]", "[1]"], "single", None, DataError, "row 1.*Write it as JSON"),
         ([["a"], "b"], "auto", None, DataError, "row 2.*no list"),
         (["a", "b"], "multi", None, DataError, "row 1.*no list"),
         ([["a", None], ["b"]], "auto", None, DataError, "row 1.*None"),
@@ -116,3 +121,19 @@ def test_labels_survive_json():
     again = Labels.from_json(json.loads(json.dumps(labels.to_json())))
     assert again == labels
     assert again.encode("ü", "") == 1
+
+
+def tags_of(tags, given=None):
+    return find_labels([{"tokens": ["w"] * len(tags), "tags": tags}], lambda i: f"row {i + 1}", "auto", given)
+
+
+def test_numbers_are_places_of_tags_only_where_their_order_was_given():
+    found = tags_of(["O", "B-PER", "I-PER"])
+    assert found.encode_tags(["O", None], "") == [2, -100]
+    for again in (found, Labels.from_json(found.to_json())):
+        with pytest.raises(DataError, match="row 9: the tag 0 is a number, and those of the training split are names"):
+            again.encode_tags([0, 1, "2"], "row 9")
+    given = tags_of([0, 1], ["O", "B-PER", "I-PER"])
+    for again in (given, Labels.from_json(json.loads(json.dumps(given.to_json())))):
+        assert again.encode_tags([0, "2", "B-PER"], "") == [0, 2, 1]
+    assert tags_of([0, 7]).encode_tags([7, "0"], "") == [1, 0]

@@ -130,6 +130,8 @@ def test_settings_round_trip_and_are_checked(mixed, tmp_path):
         ({"eval": path}, "the same as data.train"),
         ({"train": []}, "empty list"),
         ({"train": [{"path": path}, {"path": path}]}, "a second time"),
+        ({"train": [{"path": path}, {"path": f"{Path(path).parent}/./{Path(path).name}"}]}, "a second time"),
+        ({"eval": f"{Path(path).parent}/./{Path(path).name}"}, "the same as data.train"),
         ({"train": [{"path": path, "weight": 0}]}, "greater than 0"),
     ):
         with pytest.raises(ValueError, match=problem):

@@ -68,6 +68,31 @@ def test_words_and_grams():
     assert words(chat) == ["say", "hello"]
 
 
+SCRIPTS = {
+    "Chinese": "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也",
+    "Japanese": "あいうえおかきくけこさしすせそたちつてとなにぬねのアイウエオ日本語東京大学会社時間電車食",
+    "Thai": "กขคงจฉชซญดตถทธนบปผฝพฟภมยรลวศษสหอฮะาเแโใไ",
+    "Khmer": "កខគឃងចឆជឈញដឋឌឍណតថទធនបផពភមយរលវសហឡអ",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_without_blanks(script):
+    """A character more or less in texts of 40, in a script that puts no blanks between words."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(SCRIPTS[script], k=40)) for _ in range(60)]
+    train, held = [{"text": text} for text in texts], [{"text": text + SCRIPTS[script][0]} for text in texts[:30]]
+    found = find_near(train, {"test": held}, 0.8, fuzzy=True)
+    assert [(near.row, near.other) for near in found] == [(i, i) for i in range(30)]
+    assert all(0.8 <= near.similarity < 1 for near in found)
+
+
+def test_words_of_mixed_scripts():
+    assert words({"text": "我喜欢 Python编程 3.5 lang"}) == ["我", "喜", "欢", "python", "编", "程", "3", "5", "lang"]
+    assert words({"text": "กขคง hello"}) == ["กขค", "ขคง", "hello"]
+    assert words({"text": "안녕 하세요 Привет"}) == ["안녕", "하세요", "привет"]
+
+
 def test_a_template_makes_no_near_duplicates():
     rng = random.Random(1)
     rows = [
@@ -117,6 +142,13 @@ def test_without_datasketch_the_normalised_comparison_says_so(tmp_path, monkeypa
     assert splits.report.near_method == "normalised"
     assert splits.report.near == {}
     assert any("datasketch is not installed" in note for note in splits.report.notes)
+
+
+def test_images_are_compared_exactly_and_it_is_said():
+    rows = [{"image": "a" * 64, "label": "x"}]
+    method, note = method_for(rows, {"test": rows}, "report")
+    assert method == "exact"
+    assert "images were compared exactly" in str(note)
 
 
 def test_too_much_text_is_not_compared_unasked(monkeypatch):

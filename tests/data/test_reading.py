@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tiny import config, write_rows
 
+from peft_engine.data.loading import load_splits
 from peft_engine.data.reading import Rows, _read_hub, read_rows
 from peft_engine.errors import ConfigError, DataError, StorageError
 
@@ -230,3 +233,41 @@ def test_a_hub_name_offline_is_a_config_error_that_says_so():
     assert done.returncode == 0, done.stderr
     for part in ("nobody/nothing", "'dev'", "HF_HUB_OFFLINE is set", "local file"):
         assert part in done.stdout
+
+
+FEATURES = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog", "fox"])}
+
+
+def saved(folder, form, **columns):
+    """A data set of the `datasets` library, as Parquet or as its own folder."""
+    found = datasets.Dataset.from_dict(columns, features=datasets.Features({k: FEATURES[k] for k in columns}))
+    if form == "folder":
+        found.save_to_disk(str(folder / "saved"))
+        return str(folder / "saved")
+    found.to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_classes_have_the_names_that_datasets_keeps(tmp_path, form, streaming):
+    source = saved(tmp_path, form, text=[f"row {i} of {i * i}" for i in range(40)], label=[i % 3 for i in range(40)])
+    test = write_rows(
+        tmp_path / "test.jsonl", [{"text": f"other {i}", "label": "catdogfox"[3 * i :][:3]} for i in (0, 1)]
+    )
+    data = {"test": str(test), "streaming": streaming, "cache": str(tmp_path / "cache")}
+    splits = load_splits(config("text-classification", "m", source, tmp_path / "run", data=data))
+    assert splits.labels.names == ["cat", "dog", "fox"]
+    assert splits.report.counts["train"] + splits.report.counts["eval"] == 40
+    assert any("cat, dog, fox" in note for note in splits.report.notes)
+
+
+def test_names_of_lists_of_classes_and_rows_without_a_class(tmp_path):
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
+    features = datasets.Features({"ner_tags": tags, "label": FEATURES["label"], "n": datasets.Value("int64")})
+    columns = {"ner_tags": [[0, 1], [-100, 1]], "label": [2, -1], "n": [0, 1]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    assert read_rows(str(tmp_path / "rows.parquet")).rows == [
+        {"ner_tags": ["O", "B-X"], "label": "fox", "n": 0},
+        {"ner_tags": [-100, "B-X"], "label": None, "n": 1},
+    ]

@@ -283,7 +283,7 @@ def test_causal_rows_are_split_by_what_is_asked(config):
     assert len(set.union(*asked)) == 40
     assert splits.report.counts == {"train": 72, "eval": 24, "test": 24}
     assert splits.labels is None
-    assert splits.report.contradictory == 0
+    assert splits.report.contradictory == 40
 
 
 def test_what_counts_as_the_same_input():

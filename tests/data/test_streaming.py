@@ -313,7 +313,8 @@ def test_duplicates_leaks_and_contradictions_are_counted_alike(tmp_path):
 
     def rows(count: int) -> list[dict[str, Any]]:
         return [
-            {"text": draw.choice(words) + draw.choice(["", "1", "2"]), "label": draw.choice("xy")} for _ in range(count)
+            {"text": draw.choice(words) + draw.choice(["", "1", "2"]), "label": draw.choice(["x", "y", 1, "1"])}
+            for _ in range(count)
         ]
 
     for trial in range(8):

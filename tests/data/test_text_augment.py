@@ -73,6 +73,35 @@ def test_the_words_of_the_template_stay(tiny_model, tmp_path):
         assert len(new.tokens(i)) < len(made.data["train"].tokens(i))
 
 
+@pytest.mark.parametrize("first", ["chats", "pairs"])
+def test_a_mixture_of_conversations_and_plain_prompts(first, tiny_model, tmp_path):
+    """Of each row what somebody wrote may change, whichever kind stands first."""
+    plain = write_rows(tmp_path / "plain.jsonl", pair_rows(20))
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": sentence(i, 8)}],
+            "completion": [{"role": "assistant", "content": "ok"}],
+        }
+        for i in range(20)
+    ]
+    chats = write_rows(tmp_path / "chats.jsonl", turns)
+    order = (chats, plain) if first == "chats" else (plain, chats)
+    data = {"train": [{"path": str(path)} for path in order], "max_length": 128, "split": {"eval": 0.1, "test": 0.0}}
+    data["augment"] = {"text": {"token_dropout": 0.9}}
+    made = assemble(config("causal-lm", tiny_model("qwen2"), plain, tmp_path / "run", data=data))
+    rows = np.arange(len(made.data["train"]))
+    new, _ = made.data["train"].drawn(rows, 0)
+    shorter = {True: 0, False: 0}
+    for i in rows:
+        example = made.splits.train.examples[int(new.rows[i])]
+        text, chat = made.task.tokenizer.decode(new.tokens(i)), isinstance(example["prompt"], list)
+        shorter[chat] += len(new.tokens(i)) < len(made.data["train"].tokens(i))
+        if chat:
+            assert text.count("<|im_start|>user\n") == 1
+            assert text.count("<|im_start|>assistant\n") == 1
+    assert min(shorter.values()) > 5
+
+
 def test_written_tokens_are_those_of_the_contents():
     class Letters:
         """One token per character."""
@@ -136,6 +165,34 @@ def test_a_row_never_gets_longer_than_max_length(tiny_model, tmp_path):
     data = assemble(of).data["train"]
     new, _ = data.drawn(np.arange(len(data)), 0)
     assert data.lengths.max() == new.lengths.max() == 12
+
+
+def test_every_reading_of_a_choice_has_room_of_its_own(tiny_model, tmp_path):
+    made = assemble(settings("pairs", tiny_model, tmp_path, {"punctuation": 0.9}))
+    plain, asked = made.data["train"], made.config.data.augment.text
+    choice = np.concatenate([np.arange(n) * 3 // n for n in plain.lengths])
+    data = type(plain)(plain.input_ids, plain.offsets, plain.units, plain.rows, {"choice": choice})
+    most = max(int(np.bincount(data.token_column("choice", i)).max()) for i in range(len(data)))
+    new = text_change(asked, made.task.tokenizer, most, data, None)(data, np.arange(len(data)), 0)
+    assert any(len(new.tokens(i)) > max(most, len(data.tokens(i))) for i in range(len(data)))
+    assert max(int(np.bincount(new.token_column("choice", i)).max()) for i in range(len(data))) == most
+
+
+def test_marks_go_into_a_source_whatever_its_target_takes(tiny_model, tmp_path):
+    """A row of seq2seq: `data.max_length` is for source and target each."""
+    made = assemble(settings("pairs", tiny_model, tmp_path, {"punctuation": 0.9}))
+    plain, asked = made.data["train"], made.config.data.augment.text
+    side = np.concatenate([np.arange(n) * 2 // n for n in plain.lengths]).astype(bool)
+    columns = {"supervised": side, "longest": (plain.lengths + 1) // 2}
+    data = type(plain)(plain.input_ids, plain.offsets, plain.units, plain.rows, columns)
+    most = int(data.columns["longest"].max()) + 2
+    new = text_change(asked, made.task.tokenizer, most, data, None)(data, np.arange(len(data)), 0)
+    full = [i for i in range(len(data)) if len(data.tokens(i)) >= most]
+    assert sum(len(new.tokens(i)) > len(data.tokens(i)) for i in full) > len(full) / 2
+    for i in range(len(data)):
+        was, now = data.token_column("supervised", i), new.token_column("supervised", i)
+        assert (~now).sum() <= most
+        assert new.tokens(i)[now].tolist() == data.tokens(i)[was].tolist()
 
 
 def test_tags_stay_with_their_words(tiny_model, tmp_path):
@@ -235,10 +292,14 @@ def test_the_preview_shows_the_changed_rows(tiny_model, tmp_path):
     from rich.console import Console
 
     of = settings("classes", tiny_model, tmp_path, {"token_dropout": 0.5})
-    _, show = inspect_data(of, 2)
+    report, show = inspect_data(of, 2)
     text = StringIO()
     show(Console(file=text, width=200))
     assert text.getvalue().count("augmented:") == 2
     made = assemble(of)
     first, _ = made.data["train"].drawn(np.array([0]), combine(of.training.seed, 4, 1))
     assert made.task.tokenizer.decode(first.tokens(0)) in text.getvalue()
+    assert report["augmentation"] == {"text": {"token_dropout": 0.5}}
+    assert len(report["preview"]) == 2
+    assert report["preview"][0]["augmented"] == made.task.tokenizer.decode(first.tokens(0))
+    assert report["preview"][0]["text"] == made.task.tokenizer.decode(made.data["train"].tokens(0))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from comparing import Crash, changed, crash_at, outcome
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import assemble, config
 from tiny_images import CLASSES, FAMILIES, SIDE, TARGETS, make_image_model, noise, write_folder
 from torch import nn
@@ -90,12 +91,6 @@ def test_a_processor_that_does_more_is_refused(tmp_path):
     file.write_text(json.dumps({**stated, "image_processor_type": "EfficientNetImageProcessor"}))
     with pytest.raises(ConfigError, match="more to an image than"):
         load_pixels(ModelConfig(path=str(model)), None)
-
-
-def test_a_timm_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "timm_wrapper", "architecture": "vgg11"}))
-    with pytest.raises(ConfigError, match="timm"):
-        assemble(settings(tmp_path, write_folder(tmp_path / "data", 12), tmp_path / "run"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,6 +187,32 @@ def test_a_step_does_not_depend_on_how_it_is_cut(family, method, assembled):
     assert all(torch.equal(b, statistics[n]) for n, b in made.group.model.named_buffers())
     made.group.model.train()  # what a plain loop does: the batch's own statistics
     assert farthest(grads_of(made, 10)[1], grads_of(made, 5)[1]) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_all_linear_of_mobilenet_leaves_out_what_the_method_cant_take(method, models, images, tmp_path):
+    chosen = settings(models["mobilenet"], images, tmp_path / "run", adapter={"method": method})
+    summary = train(chosen)
+    plain = AutoModelForImageClassification.from_pretrained(models["mobilenet"])
+    groups = [module.groups for module in plain.modules() if isinstance(module, nn.Conv2d)]
+    whole = groups.count(1)
+    told = f"all-linear found none, so {whole if method == 'lora' else len(groups)} convolutions are adapted"
+    if method == "lora":
+        told += f"; {len(groups) - whole} grouped ones, which lora can't take, are left out"
+    assert summary["decisions"]["adapter.targets"] == told
+    assert 0 < whole < len(groups)
+    assert export(chosen.output)[1].relative <= 1e-5
+    assert export(chosen.output, merged=True)[1].relative <= 1e-4
+
+
+@pytest.mark.parametrize(("method", "family"), [("layernorm", "mobilenet"), ("loha", "resnet")])
+def test_a_merged_model_has_its_new_head_in_place(method, family, models, images, tmp_path):
+    chosen = settings(models[family], images, tmp_path / "run", adapter={"method": method})
+    train(chosen)
+    folder, drift = export(chosen.output, merged=True)
+    assert drift.relative <= 1e-4
+    saved = load_file(folder / "model.safetensors")
+    assert not any("modules_to_save" in name or "original_module" in name for name in saved)
 
 
 def test_frozen_statistics_are_told_and_survive_evaluation(assembled):

@@ -63,6 +63,11 @@ def examples_of(row: dict[str, Any], **columns: str) -> list[dict[str, Any]]:
         ({"question": "q", "choices": '["one fox", "two dogs", "three"]', "label": "1"}, 1),
         ({"question": "q", "choices": {"text": ABC, "label": ["A", "B", "C"]}, "answerKey": "C"}, 2),
         ({"question": "q", "choices": {"text": ABC, "label": ["1", "2", "3"]}, "answerKey": "1"}, 0),
+        ({"question": "q", "choices": {"text": ABC, "label": ["1", "2", "3"]}, "answerKey": 3}, 2),
+        ({"question": "q", "choices": {"text": ABC, "label": ["1", "2", "3"]}, "answerKey": 1.0}, 0),
+        ({"question": "q", "choices": {"text": ABC, "label": ["A", "B", "C"]}, "answerKey": 1}, 1),
+        ({"question": "q", "choices": str(ABC), "answer": 1}, 1),
+        ({"question": "q", "choices": str({"text": ABC, "label": ["A", "B", "C"]}), "answerKey": "C"}, 2),
         ({"question": "q", "choices": ["7", "1"], "label": "7"}, 0),  # a choice's text, and no place
     ],
 )
@@ -82,11 +87,40 @@ def test_the_right_choice_in_all_its_forms(row: dict[str, Any], right: int) -> N
         ("1", ["7", "8", "1"], "may be choice 1 or 2"),
         (0, ["a"], "holds 1 choices"),
         (0, ["a", " "], "holds an empty choice"),
+        (0, [], "holds no choices"),
     ],
 )
 def test_labels_that_name_no_choice(label: Any, choices: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         examples_of({"question": "q", "choices": choices, "label": label})
+
+
+@pytest.mark.parametrize("label", [0, 4, "0"])
+def test_a_number_that_is_none_of_the_rows_own_numbers_is_refused(label: Any) -> None:
+    with pytest.raises(DataError, match=r"one of the row's own keys \(1, 2, 3\)"):
+        examples_of({"question": "q", "choices": {"text": ABC, "label": ["1", "2", "3"]}, "answerKey": label})
+
+
+@pytest.mark.parametrize("cell", ["['one fox' 'two dogs' 'three']", "{'text': array(['a', 'b'], dtype=object)}"])
+def test_choices_printed_by_numpy_are_refused(cell: str) -> None:
+    with pytest.raises(DataError, match="a list that was printed: write it as JSON"):
+        examples_of({"question": "q", "choices": cell, "answer": 0})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_first_row_with_choices_tells_the_layout(streaming: bool, tmp_path: Path) -> None:
+    rows = choice_rows(12)
+    rows[0]["choices"] = None
+    data = {"split": {"eval": 0.0, "test": 0.0}, "near_duplicates": "off"}
+    settings = settings_of(tmp_path, tmp_path, rows, data=data)
+    if streaming:
+        settings = changed(settings, data__streaming=True, data__cache=str(tmp_path / "cache"))
+        with pytest.raises(DataError, match="line 1: column 'choices' is None, that is empty"):
+            load_splits(settings)
+        return
+    splits = load_splits(changed(settings, data__clean={"empty": "drop"}))
+    assert splits.layout.kind == "choices-label"
+    assert splits.report.removed == {"train": {"empty": 1}}
 
 
 def test_a_named_column_must_hold_choices() -> None:

@@ -298,3 +298,40 @@ def test_class_weights_weigh_tags(tiny_model: Tiny, tmp_path: Path, kernels: str
     assert "weight" not in run.data["eval"].columns
     weights = train(of)["data"]["class_weights"]
     assert weights == pytest.approx(dict(zip(names, by_tag.tolist(), strict=True)))
+
+
+def written(folder: Path, cells: list[tuple[str, str]]) -> str:
+    """A CSV file of tokens and tags as they stand in its cells."""
+    with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("tokens", "tags"), *cells])
+    return str(folder / "rows.csv")
+
+
+@pytest.mark.parametrize("write", [str, json.dumps, " ".join])
+def test_lists_in_cells_of_csv(write: Callable[[Any], str], tmp_path: Path) -> None:
+    rows = tagged_rows(12)
+    source = written(tmp_path, [(write(row["tokens"]), write(row["tags"])) for row in rows])
+    settings = config(TASK, Path("m"), Path(source), tmp_path / "out", data={"split": {"eval": 0.0, "test": 0.0}})
+    assert load_splits(settings).train.examples == rows
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags"),
+    [("['EU' 'rejects']", "['B-ORG', 'O']"), ("['EU', 'rejects']", "['B-ORG' 'O']"), ("EU rejects", "[3 0]")],
+)
+def test_lists_as_numpy_prints_them_are_refused(tokens: str, tags: str, tmp_path: Path) -> None:
+    settings = config(TASK, Path("m"), Path(written(tmp_path, [(tokens, tags)] * 3)), tmp_path / "out")
+    with pytest.raises(DataError, match=r"line 2: .*looks like a list that was printed: write it as JSON"):
+        load_splits(settings)
+
+
+def test_numbers_in_a_given_file_are_no_places_of_sorted_names(tmp_path: Path) -> None:
+    names = ["O", "B-PLACE", "B-ANIMAL"]
+    numbered = [row | {"tags": [names.index(tag) for tag in row["tags"]]} for row in tagged_rows(20)[12:]]
+    given = {"test": str(write_rows(tmp_path / "test.jsonl", numbered)), "split": {"eval": 0.0}}
+    settings = settings_of(tmp_path, tmp_path, tagged_rows(12), data=given)
+    with pytest.raises(DataError, match=r"test\.jsonl, line 1: the tag \d is a number"):
+        load_splits(settings)
+    assert load_splits(changed(settings, data__labels=names)).labels == Labels(  # type: ignore[arg-type]
+        "tags", names, places=True
+    )

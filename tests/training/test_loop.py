@@ -56,14 +56,33 @@ def test_early_stopping_waits_for_an_improvement(
 
 
 @pytest.mark.parametrize(
-    ("family", "metric", "values", "best"),
-    [("llama", "loss", [5, 4, 3, 3.5, 3, 6], 3), ("bert", "accuracy", [0.5, 0.9, 0.6, 0.9, 0.4, 0.1], 2)],
+    ("family", "metric", "values", "best", "stopping"),
+    [
+        ("llama", "loss", [5, 4, 3, 3.5, 3, 6], 3, None),
+        ("bert", "accuracy", [0.5, 0.9, 0.6, 0.9, 0.4, 0.1], 2, None),
+        (
+            "llama",
+            "loss",
+            [5, 4, 3.9, 3.8, 4.1, 6],
+            4,
+            {"patience": 9, "min_delta": 0.5},
+        ),  # less than patience asks for
+        ("bert", "accuracy", [0.5, 0.8, 0.85, 0.9, 0.4, 0.1], 4, {"patience": 9, "min_delta": 0.2}),
+    ],
 )
 def test_the_best_weights_come_back(
-    family: str, metric: str, values: list[float], best: int, tiny_model: Callable[[str], Path], tmp_path: Path
+    family: str,
+    metric: str,
+    values: list[float],
+    best: int,
+    stopping: dict[str, Any] | None,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     """Of a loss the lowest, of an accuracy the highest; the first of equals."""
-    training = {"steps": 6, "eval_every": 1, "learning_rate": 1e-2, "restore_best": True}
+    training = {
+        "steps": 6, "eval_every": 1, "learning_rate": 1e-2, "restore_best": True, "early_stopping": stopping,
+    }  # fmt: skip
     run = assemble(settings_of(family, tiny_model(family), tmp_path, training=training))
     said, seen = iter(values), []
 
@@ -142,3 +161,15 @@ def test_bf16_trains_fp32_adapters(dtype: str, tiny_model: Callable[[str], Path]
     more = {"training": {**training, "precision": "fp32"}, "adapter": adapter}
     other = assemble(settings_of("llama", tiny_model("llama"), tmp_path, **more))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in other.train(4)], rel=2e-2)
+
+
+def test_an_older_checkpoint_waits_as_it_did(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Before `counted_value` was kept, the best value was the last that had counted."""
+    run = assemble(settings_of("llama", tiny_model("llama"), tmp_path, training={"steps": 1}))
+    (trainee,) = run.trainees
+    saved = {**trainee.to_json(), "best_value": 2.5}
+    trainee.restore(saved)
+    assert trainee.counted_value is None
+    del saved["counted_value"]
+    trainee.restore(saved)
+    assert (trainee.counted_value, trainee.best_value) == (2.5, 2.5)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from chat_samples import chatml
 from comparing import changed, outcome, small
-from families import make
+from families import make, routed
 from tiny import Assembled, assemble, pair_rows, write_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -154,6 +154,39 @@ def test_samples_of_a_pack_against_plain_transformers(folder_of, tmp_path, famil
         length = len(ids)
         torch.testing.assert_close(found[start : start + length].double().sum(), wanted[0], rtol=1e-5, atol=1e-5)
         start += length
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_the_balance_loss_of_experts_depends_on_the_cut_and_is_left_out(tmp_path, family, capsys):
+    base = changed(small(routed(family, tmp_path / "model"), tmp_path, steps=2, batch_size=8), adapter__dropout=0.0)
+    runs = [changed(base, training__micro_batch_size=n, output=str(tmp_path / f"cut{n}")) for n in (8, 3)]
+    runs += [changed(runs[0], output=str(tmp_path / "off")).model_copy(update={"kernels": "off"}), packed(runs[0])]
+    summaries = [train(run) for run in runs]
+    first, *others = map(losses, runs)
+    for found in others:
+        assert found == pytest.approx(first, rel=1e-6)
+    assert "router weights are frozen" in summaries[0]["decisions"]["balance_loss"]
+    assert "balance loss" in " ".join(capsys.readouterr().err.split())
+    row = assemble(runs[0])
+    loading = {"dtype": torch.float64, "experts_implementation": "eager"}
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **loading).eval()
+    total = units = 0.0
+    for i in row.trainees[0].plan.rows(1):
+        ids = torch.from_numpy(row.data["train"].tokens(int(i)).astype(np.int64))
+        taught = torch.from_numpy(row.data["train"].token_column("supervised", int(i)).astype(bool))
+        with torch.no_grad():
+            total += float(per_sample(oracle(ids[None]).logits, ids.masked_fill(~taught, IGNORED)[None])[0])
+        units += int(taught.sum())
+    assert first[0] == pytest.approx(total / units, rel=1e-5), "the loss of the tokens alone"
+
+
+def test_routers_that_train_without_their_balance_loss_are_told(tmp_path, capsys):
+    base = small(routed("mixtral", tmp_path / "model"), tmp_path, steps=2)
+    told = train(changed(base, adapter={"method": "full"}))["decisions"]["balance_loss"]
+    assert "tensors of routers train" in told
+    assert "training.frozen" in " ".join(capsys.readouterr().err.split())
+    frozen = changed(base, adapter={"method": "full"}, training__frozen=[r"\.gate\."], output=str(tmp_path / "frozen"))
+    assert "router weights are frozen" in train(frozen)["decisions"]["balance_loss"]
 
 
 def test_a_first_token_is_never_a_target(folder_of, tmp_path):

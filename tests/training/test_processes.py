@@ -13,7 +13,7 @@ import pytest
 import torch
 from chat_samples import chatml
 from comparing import changed, last_step, newest, write_config
-from ranks import Ranks, done, end_second, ranks, starve_second
+from ranks import LAST, Ranks, done, end_second, keep_last, ranks, starve_second
 from safetensors.torch import load_file
 from tiny import class_rows, config, pair_rows, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,6 +105,61 @@ def test_the_run_is_that_of_one_process(kind, count, training, tiny_model, tmp_p
     assert names == {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "adapter"}
     for checkpoint in complete_checkpoints(Path(several.output) / "checkpoints"):
         verify_files(checkpoint)
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning", "adalora"])
+def test_methods_that_go_round_the_model_s_forward_are_sharded_too(method, tiny_model, tmp_path):
+    """peft embeds by itself before virtual tokens, and calls `forward` by its name in AdaLoRA."""
+    of = task_of("pairs", tiny_model, tmp_path, parallel="fsdp")
+    adapter = {"method": method} | ({"dropout": 0.0} if method == "adalora" else {})
+    one = of.model_copy(update={"adapter": of.adapter.model_validate(adapter)})
+    train(one)
+    several, path = begun(one, tmp_path)
+    done("train", path, folder=tmp_path)
+    same_run(one, several)
+
+
+def test_processes_hold_the_same_ranks_whatever_they_drop(tiny_model, tmp_path):
+    """AdaLoRA's dropout is each process's own, which the run says; what it learns from it is that of all."""
+    of = task_of("pairs", tiny_model, tmp_path, steps=12)
+    phases = {"tinit": 1, "tfinal": 2, "deltaT": 2}
+    adapter = of.adapter.model_validate({"method": "adalora", "dropout": 0.4, "rank": 2, "options": phases})
+    path = write_config(of.model_copy(update={"adapter": adapter}), tmp_path / "adalora.yaml")
+    done("train", path, folder=tmp_path, count=2, first=keep_last)
+    first, second = (load_file(tmp_path / f"rank{place}" / LAST) for place in (0, 1))
+    assert list(first) == list(second)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    ranks_left = [int(tensor.ne(0).sum()) for name, tensor in first.items() if "lora_E" in name]
+    assert len(set(ranks_left)) > 1, "nothing moved"
+    said = json.loads((Path(of.output) / "run.json").read_text())["decisions"]["dropout"]
+    assert "drawn per process and micro-batch" in said
+    errors = [(tmp_path / f"rank{place}" / "stderr.txt").read_text() for place in (0, 1)]
+    assert [text.count(said) for text in errors] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "told"),
+    [
+        ({"method": "vera", "dropout": 0.1}, {"micro_batch_size": 2}, True),
+        ({"method": "vera", "dropout": 0.0}, {"micro_batch_size": 2}, False),
+        ({"method": "vera", "dropout": 0.1}, {}, False),  # one process, and no step is cut
+        ({"method": "loha", "options": {"rank_dropout": 0.1}}, {"micro_batch_size": 2}, True),
+        ({"method": "boft", "options": {"boft_dropout": 0.1}}, {"micro_batch_size": 2}, True),
+        ({"rank": 2, "dropout": 0.1}, {"micro_batch_size": 2}, False),
+        (
+            {"rank": 2, "dropout": 0.1, "targets": ["embed_tokens"]},
+            {"micro_batch_size": 2},
+            False,
+        ),  # peft drops nothing
+    ],
+    ids=str,
+)
+def test_dropout_that_depends_on_the_cut_is_told(adapter, training, told, tiny_model, tmp_path, capsys):
+    of = task_of("pairs", tiny_model, tmp_path, steps=1, **training)
+    one = of.model_copy(update={"adapter": of.adapter.model_validate(adapter)})
+    summary = train(one, quiet=False)
+    assert ("dropout" in summary["decisions"]) == told
+    assert capsys.readouterr().err.count("drawn per process and micro-batch") == told
 
 
 def held(model: Path) -> int:
@@ -241,6 +296,44 @@ def test_the_command_starts_watches_and_stops_its_processes(tiny_model, tmp_path
     assert "Process 1 was ended by SIGKILL" in err
     assert "Traceback" not in err
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_who_tells_where_the_store_is_gone(tiny_model, tmp_path):
+    """It went with the launcher, which told nobody: else all would leave it to another."""
+    one = task_of("pairs", tiny_model, tmp_path, steps=400, save_every=400, eval_every=400)
+    path = write_config(one, tmp_path / "run.yaml")
+    run = Ranks("train", path, "--quiet", folder=tmp_path)
+    assert run.engines[0].wait_for(lambda: last_step(tmp_path / "run" / "metrics.jsonl") >= 3)
+    del run.store
+    for engine in run.engines:
+        engine.send(signal.SIGTERM)
+    ended = run.wait()
+    assert [one.code for one in ended] == [75, 75]
+    assert ["SIGTERM: stopped after a complete checkpoint" in one.err for one in ended] == [True, False]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_is_told_by_the_first_process(tiny_model, tmp_path):
+    """Nobody holds the store any more, so all would leave the telling to another; torch's frames are kept quiet."""
+    one = task_of("pairs", tiny_model, tmp_path, steps=3000, save_every=3000, eval_every=3000)
+    words = ["train", str(write_config(one, tmp_path / "run.yaml")), "--processes", "2", "--quiet"]
+    metrics, errors = tmp_path / "run" / "metrics.jsonl", tmp_path / "errors.txt"
+    with errors.open("w") as file:
+        child = subprocess.Popen([sys.executable, "-m", "peft_engine", *words], stderr=file, stdout=subprocess.DEVNULL)
+        while child.poll() is None and last_step(metrics) < 3:
+            time.sleep(0.02)
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        child.kill()
+        child.wait()
+    limit = time.monotonic() + 60
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < limit:
+        time.sleep(0.05)
+    err = errors.read_text()
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers), err
+    assert err.count("SIGTERM: stopped after a complete checkpoint") == 1, err
+    assert "frame #" not in err
+    assert "Traceback" not in err
+    verify_files(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1])
 
 
 def test_one_exit_code_of_several():

@@ -63,7 +63,8 @@ def test_fused_and_plain_agree_where_a_half_is_frozen(tiny_model, tmp_path):
     ("method", "patterns"),
     [
         ("lora", {"trainable": ["classifier"]}),
-        ("lora", {"frozen": ["classifier", "lora_A"]}),
+        ("lora", {"frozen": ["lora_A", "classifier.*bias"]}),
+        ("warm", {"frozen": ["classifier", "lora_A"]}),  # a head that has learned
         ("full", {"frozen": ["embeddings", r"layer\.0\."]}),
         ("bitfit", {"trainable": ["attention", "classifier"]}),
     ],
@@ -71,7 +72,10 @@ def test_fused_and_plain_agree_where_a_half_is_frozen(tiny_model, tmp_path):
 def test_the_round_trip_keeps_what_did_not_train(method, patterns, tiny_model, tmp_path):
     """Traps 14 and 15: a frozen head is random, so losing it would show."""
     settings = classifier(tiny_model("bert"), tmp_path, **patterns)
-    if method != "lora":
+    if method == "warm":
+        train(changed(settings, output=str(tmp_path / "first"), training__frozen=[]))
+        settings, method = changed(settings, adapter__start_from=str(tmp_path / "first")), "lora"
+    elif method != "lora":
         settings = settings.model_copy(update={"adapter": settings.adapter.model_validate({"method": method})})
     train(settings)
     fresh = assemble(settings)
@@ -96,6 +100,23 @@ def test_resume_gives_the_same_bits(tiny_model, tmp_path, monkeypatch):
             train(broken)
     train(broken, resume=True)
     assert outcome(broken.output) == outcome(whole.output)
+
+
+@pytest.mark.parametrize(
+    ("method", "patterns"),
+    [
+        ("lora", {"frozen": ["classifier"]}),
+        ("lora", {"trainable": ["lora_"]}),
+        ("full", {"trainable": [r"layer\.1\."]}),
+        ("bitfit", {"trainable": ["attention"]}),
+    ],
+)
+def test_a_new_head_that_would_stay_random_is_refused(method, patterns, tiny_model, tmp_path):
+    settings = classifier(tiny_model("bert"), tmp_path, **patterns)
+    if method != "lora":
+        settings = settings.model_copy(update={"adapter": settings.adapter.model_validate({"method": method})})
+    with pytest.raises(ConfigError, match=r"classifier\.\S*weight would not train, and is new: it would stay random"):
+        assemble(settings)
 
 
 @pytest.mark.parametrize(
