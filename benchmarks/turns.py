@@ -1,7 +1,7 @@
 """Sides of a comparison, each a process of its own that holds one model and works only when it is asked to.
 
-The parent lets them work in turn, so that noise of the machine meets all of them. Beside one that works, the others wait
-for a line and take no time.
+The parent lets them work in turn, so that noise of the machine meets all of them. Beside one that works, the others
+wait for a line and take no time.
 """
 
 import json

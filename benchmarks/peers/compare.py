@@ -7,11 +7,11 @@
     trl         TRL's SFTTrainer (task causal-lm)
     liger       transformers' Trainer with Liger's kernels (CUDA only)
 
-All sides hold the same backbone and start from the same adapter, see the same rows in the same batches, and use the same
-optimizer and schedule. Each is a process of its own; they train in turn, `--steps` optimizer steps at a time, in
-`--repeats` timed blocks after one that warms up. At dropout 0 every step's loss must agree, else the exit code is 7; with
-dropout the masks differ, and losses are kept but not compared. Bytes on a CPU are live tensor storages, counted on the
-step with the most tokens, which is left out of the times; on CUDA they are the allocator's maximum.
+All sides hold the same backbone and start from the same adapter, see the same rows in the same batches, and use the
+same optimizer and schedule. Each is a process of its own; they train in turn, `--steps` optimizer steps at a time, in
+`--repeats` timed blocks after one that warms up. At dropout 0 every step's loss must agree, else the exit code is 7;
+with dropout the masks differ, and losses are kept but not compared. Bytes on a CPU are live tensor storages, counted on
+the step with the most tokens, which is left out of the times; on CUDA they are the allocator's maximum.
 """
 
 import argparse
@@ -74,7 +74,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         ConfigError: the config can't be trained by a peer as it is, or a peer can't run on this machine.
     """
     from peers.sides import refuse_what_peers_lack
-
     from peft_engine.config_reading import load_config
 
     config = load_config(arguments.config, tuple(arguments.set))
