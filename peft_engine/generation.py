@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from . import processes
+from .answers import AnswerKind, is_right
 from .adapters.sharding import is_sharded
 from .backbone import positions_of
 from .data.chat import Rendered, encode_rendered, render_prompt, stop_token_ids
@@ -95,15 +96,20 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None
 
 
 def exact_match(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    kind: AnswerKind = "text",
 ) -> dict[str, Any]:
-    """Share of rows whose generated answer is the reference, both stripped of outer white space."""
+    """Share of rows whose generated answer is the reference's (`answers.is_right`)."""
     pairs = [prompt_and_answer(example, tokenizer) for example in examples]
     pairs = [(prompt, answer) for prompt, answer in pairs if answer]
     prompts = [prompt for prompt, _ in pairs]
     templated = bool(examples) and is_conversation(examples[0])
     texts = generate_all(model, tokenizer, prompts, max_new_tokens, batch_size, templated=templated)
-    right = sum(text.strip() == str(answer).strip() for text, (_, answer) in zip(texts, pairs, strict=True))
+    right = sum(is_right(text, str(answer), kind) for text, (_, answer) in zip(texts, pairs, strict=True))
     return {"exact_match": right / len(pairs), "generated_rows": len(pairs)} if pairs else {}
 
 

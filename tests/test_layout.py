@@ -16,6 +16,7 @@ ORDER = (
     "config_methods",
     "config_options",
     "config_checks",
+    "answers",
     "config",
     "config_names",
     "config_yaml",
