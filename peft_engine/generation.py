@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from . import processes
-from .answers import AnswerKind, is_right
 from .adapters.sharding import is_sharded
+from .answers import AnswerKind, is_right
 from .backbone import positions_of
 from .data.chat import Rendered, encode_rendered, render_prompt, stop_token_ids
 from .data.formats import Example, is_conversation

@@ -46,14 +46,16 @@ def gsm8k_rows(rows: Iterable[Row]) -> Iterator[Row]:
 def gsm8k_validation(rows: list[Row]) -> list[Row]:
     """The rows of GSM8K's training split that PEFT's harness validates on: the first 50 of NumPy's shuffle with seed 0."""
     order = np.arange(len(rows))
-    np.random.RandomState(0).shuffle(order)  # noqa: NPY002 (their generator, so that the rows are theirs)
+    np.random.RandomState(0).shuffle(order)
     return [rows[i] for i in order[:GSM8K_VALIDATION]]
 
 
 def alpaca_rows(rows: Iterable[Row]) -> Iterator[Row]:
     """Alpaca (instruction, input, output) → prompt, completion, in the form of the Stanford Alpaca release."""
     for row in rows:
-        with_input = "Below is an instruction that describes a task, paired with an input that provides further context. "
+        with_input = (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+        )
         without = "Below is an instruction that describes a task. "
         asked = "Write a response that appropriately completes the request.\n\n"
         shown = f"### Instruction:\n{row['instruction']}\n\n"
@@ -116,7 +118,9 @@ def main() -> None:
     from datasets import load_dataset
 
     if arguments.what == "alpaca2k":
-        write(arguments.folder / "alpaca2k.jsonl", alpaca_rows(load_dataset("mhenrichsen/alpaca_2k_test", split="train")))
+        write(
+            arguments.folder / "alpaca2k.jsonl", alpaca_rows(load_dataset("mhenrichsen/alpaca_2k_test", split="train"))
+        )
         return
     write(arguments.folder / "metamathqa.jsonl", metamath_rows(load_dataset("meta-math/MetaMathQA", split="train")))
     held = gsm8k_validation(list(load_dataset("openai/gsm8k", "main", split="train")))
