@@ -46,8 +46,10 @@ def test_final_answer(text, answer):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("16", 16.0), ("65.33", 65.33), ("20/14", float(Decimal(20) / Decimal(14))), ("-3", -3.0), ("1,000", None)]
-    + [("x", None), ("3/0", None), ("1/2/3", None), ("", None), ("NaN", None), ("a/2", None)],
+    [
+        *(("16", 16.0), ("65.33", 65.33), ("20/14", float(Decimal(20) / Decimal(14))), ("-3", -3.0)),
+        *((text, None) for text in ("1,000", "x", "3/0", "1/2/3", "", "NaN", "a/2")),
+    ],
 )
 def test_as_number(text, number):
     assert as_number(text) == number
@@ -182,7 +184,7 @@ def test_glue_columns_and_metrics(task, tiny_model, tmp_path):
 
 
 def test_glue_metrics_are_those_of_the_benchmark():
-    """F1 is that of class 1, CoLA's is Matthews', STS-B's are Pearson's and Spearman's: sklearn and scipy say the same."""
+    """F1 is that of class 1, CoLA's is Matthews', STS-B's are Pearson's and Spearman's."""
     import torch
 
     from peft_engine.data.labels import Labels

@@ -127,7 +127,8 @@ def _from_mnli(task: GlueTask) -> bool:
 
 
 def text_of(suite: dict[str, Any]) -> str:
-    head = f"# Run: peft-engine bench benchmarks/suites/{suite['name']}.yaml\n# Written by benchmarks/published/glue.py.\n\n"
+    run = f"# Run: peft-engine bench benchmarks/suites/{suite['name']}.yaml"
+    head = f"{run}\n# Written by benchmarks/published/glue.py.\n\n"
     return head + yaml.safe_dump(suite, sort_keys=False, width=110, allow_unicode=True)
 
 

@@ -44,7 +44,7 @@ def gsm8k_rows(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def gsm8k_validation(rows: list[Row]) -> list[Row]:
-    """The rows of GSM8K's training split that PEFT's harness validates on: the first 50 of NumPy's shuffle with seed 0."""
+    """Rows of GSM8K's training split that PEFT's harness validates on: the first 50 of NumPy's shuffle, seed 0."""
     order = np.arange(len(rows))
     np.random.RandomState(0).shuffle(order)
     return [rows[i] for i in order[:GSM8K_VALIDATION]]
