@@ -17,6 +17,7 @@ ORDER = (
     "config_options",
     "config_preference",
     "config_checks",
+    "answers",
     "config",
     "config_names",
     "config_yaml",
