@@ -67,7 +67,7 @@ def calm_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's frames of C++ where a process has ended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d: frames of C++ where a process has ended
     for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

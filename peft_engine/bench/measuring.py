@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters.fusing import fuse, row_seeds
 from ..adapters.group import Group, initialise
 from ..adapters.new_rows import with_new_tokens
+from ..answers import is_right
 from ..building import encode_splits, make_trainees, refuse_too_long
 from ..config import Config
 from ..config_reading import load_config
@@ -281,7 +282,8 @@ def _answered(
     if not wanted:
         raise DataError("evaluation.generate_rows: the test rows have no answers to compare with.", "Set it to 0.")
     texts = task.answers(model, [splits.test.examples[row] for row in wanted], settings, size)
-    right = {row: float(text.strip() == answer) for text, (row, answer) in zip(texts, wanted.items(), strict=True)}
+    pairs = zip(texts, wanted.items(), strict=True)
+    right = {row: float(is_right(text, answer, settings.answer)) for text, (row, answer) in pairs}
     items["exact"] = [right.get(row) for row in items["rows"]]
     if isinstance(task, CausalLM):
         return {"exact_match": sum(right.values()) / len(right), "generated_rows": len(right)}

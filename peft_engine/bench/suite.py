@@ -112,6 +112,8 @@ class Suite(Section):
     """By name."""
     general_text: GeneralText | None = None
     """Causal LM: measure forgetting on it."""
+    published: str | None = None
+    """YAML file of published figures for the same cells, shown beside ours; relative to the suite."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Stated limit of the whole suite on the machine that it was made for."""
 
