@@ -113,7 +113,7 @@ class Suite(Section):
     general_text: GeneralText | None = None
     """Causal LM: measure forgetting on it."""
     published: str | None = None
-    """YAML file of published figures for the same cells, shown beside ours; relative to the suite."""
+    """YAML file of figures that others published for the same methods."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Stated limit of the whole suite on the machine that it was made for."""
 

@@ -125,4 +125,4 @@ def test_shipped_suites(path, monkeypatch):
     check_methods(suite)
     assert suite.name == path.stem
     assert len(suite.seeds) >= 3
-    assert suite.minutes
+    assert suite.minutes or suite.published, "its own machine decides how long a published table takes"
