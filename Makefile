@@ -3,8 +3,9 @@
 # make quickstart  fine-tune, export, use: the main job   make check       ruff, mypy, layout
 # make assets-more  what configs/ of further tasks need (npm for one)
 # make mutants     take each guard out, see a test fail   make clean       .venv and caches
+# make test-report  the report page in headless Chromium (which must be installed)
 # make kernels-aot compile every Triton kernel for GPUs (none needed); registers, spills, instructions
-.PHONY: help setup assets assets-more quickstart test test-slow check mutants kernels-aot clean
+.PHONY: help setup assets assets-more quickstart test test-slow test-report check mutants kernels-aot clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -58,11 +59,15 @@ quickstart: assets
 
 # tests/kernels runs in a process of its own: Triton's interpreter must be on before triton is imported
 test: assets
-	$(PYTEST) -n $(WORKERS) -q -m 'not slow' --ignore=tests/kernels tests
+	$(PYTEST) -n $(WORKERS) -q -m 'not slow' --ignore=tests/kernels --ignore=tests/report tests
 	@if [ -d tests/kernels ]; then $(PYTEST) -q -m 'not slow' tests/kernels; fi
 
 test-slow: assets
-	$(PYTEST) -q -m slow --ignore=tests/kernels tests
+	$(PYTEST) -q -m slow --ignore=tests/kernels --ignore=tests/report tests
+
+# Fails, rather than skips, where there is no Chromium
+test-report: setup
+	$(PYTEST) -q tests/report
 
 check: setup
 	$(BIN)/ruff check .

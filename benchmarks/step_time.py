@@ -11,13 +11,13 @@ tensor storages, counted on a step of their own (peft_engine.meters.memory). Tar
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from turns import Side
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("full", "peft", "fused")
@@ -102,33 +102,6 @@ def worker(side: str, args: argparse.Namespace) -> None:
         print(json.dumps(answer), flush=True)
 
 
-class Side:
-    def __init__(self, name: str) -> None:
-        self.name = name
-        words = [sys.executable, __file__, *sys.argv[1:], "--side", name]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        while (line := self._line()) != "ready":
-            print(line, file=sys.stderr)
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"The side {self.name!r} ended: see its error above.")
-        return line.strip()
-
-    def ask(self, what: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._line())
-        return answer
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a folder of .assets/models")
@@ -149,7 +122,7 @@ def main() -> None:
     if args.side:
         worker(args.side, args)
         return
-    sides = [Side(name) for name in args.sides]
+    sides = [Side(name, [sys.executable, __file__, *sys.argv[1:], "--side", name]) for name in args.sides]
     for turn in range(args.repeats + 2):
         for side in sides:
             answer = side.ask("step")

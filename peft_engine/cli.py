@@ -1,15 +1,15 @@
 """The command line. Each verb is a thin call; heavy imports happen inside the verbs."""
 
 import json
-import logging
 import os
 import sys
-import warnings
 from typing import Any
 
 import click
 
-from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, completion, doctor, env, merge, show_found
+from .cli_bench import bench
+from .cli_report import report
+from .cli_tools import AS_JSON, CONFIG, OVERRIDES, RUN, calm_libraries, completion, doctor, env, merge, show_found
 from .config_checks import TASKS
 from .errors import EngineError
 from .faults import explain, leave, several, told_by_another
@@ -318,7 +318,8 @@ def export(run: str, merged: bool, target: str | None, overrides: tuple[str, ...
     show_found(found, as_json, lambda: click.echo(text))
 
 
-cli.add_command(merge)
+for _verb in (merge, bench, report):
+    cli.add_command(_verb)
 
 
 @cli.command()
@@ -338,8 +339,7 @@ for _verb in (env, doctor, completion):
 
 def main() -> None:
     """Entry point: one clear message and the right exit code for whatever a user can cause."""
-    warnings.filterwarnings("ignore")
-    _calm_libraries()
+    calm_libraries()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals that are not UTF-8
     try:
         cli(standalone_mode=False)
@@ -371,15 +371,3 @@ def _complain(problem: str, fix: str) -> None:
     click.echo(f"error: {problem}", err=True)
     if fix:
         click.echo(f"  fix: {fix}", err=True)
-
-
-def _calm_libraries() -> None:
-    """Progress bars and notes of the libraries under us would bury ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's frames of C++ where a process has ended
-    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,7 +1,10 @@
 """Parts that verbs share, and the verbs around a run: adapter arithmetic, versions, self-test, shell completion."""
 
 import json
+import logging
 import math
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,8 @@ BASH_PLAIN = "COMPREPLY+=($value)"  # of click's script: takes one of the words
 COMPLETE = "_PEFT_ENGINE_COMPLETE"  # click's name for a program called peft-engine
 
 
-def _files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete a path."""
     return [CompletionItem(incomplete, type="file")]  # the shell itself lists them
 
 
@@ -41,8 +45,8 @@ OVERRIDES = click.option(
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."
 )
-CONFIG = click.argument("config", metavar="CONFIG", shell_complete=_files)
-RUN = click.argument("run", metavar="RUN", shell_complete=_files)
+CONFIG = click.argument("config", metavar="CONFIG", shell_complete=files)
+RUN = click.argument("run", metavar="RUN", shell_complete=files)
 
 
 def show_found(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -55,8 +59,21 @@ def show_found(found: dict[str, Any], as_json: bool, show: Callable[[], None]) -
         show()
 
 
+def calm_libraries() -> None:
+    """Progress bars and notes of the libraries under us would bury ours."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d: frames of C++ where a process has ended
+    for name in ("bitsandbytes", "transformers", "datasets", "accelerate", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN=WEIGHT...", shell_complete=_files)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN=WEIGHT...", shell_complete=files)
 @click.option("--to", "target", required=True, metavar="FOLDER", help="Where to write it; used like a run directory.")
 @click.option(
     "--method",

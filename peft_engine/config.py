@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from peft_engine.answers import AnswerKind
 from peft_engine.config_checks import cross_faults, dotted
 from peft_engine.config_methods import MethodName
 
@@ -355,6 +356,8 @@ class EvaluationConfig(Section):
     chrF too); 0 is off."""
     max_new_tokens: Count = 32
     """Tokens to generate per row."""
+    answer: AnswerKind = "text"
+    """Causal LM: exact match compares the whole answer, or the `number` behind its "The answer is:" or "####"."""
     num_beams: Count = 1
     """Seq2seq: beams of the search; 1 is greedy."""
 

@@ -13,6 +13,7 @@ from .data.encoding import EncodedSet
 from .errors import OutOfMemory
 from .runtime import Runtime
 from .tasks.base import Batch, Meter, Task, to_device
+from .tasks.items import COLUMNS, item_kind, outcomes
 from .training.guards import is_out_of_memory
 
 COUNTS = (int, float, np.generic, np.ndarray, list)
@@ -72,6 +73,37 @@ def predict_rows(
 
     _visit(model, task, data, batch_size, runtime, note, np.argsort(-data.lengths, kind="stable"))
     return found
+
+
+def evaluate_items(model: nn.Module, task: Task, data: EncodedSet, batch_size: int, runtime: Runtime) -> dict[str, Any]:
+    """What the model makes of every row, visited as `evaluate_split` does. One process; the model in eval mode.
+
+    Returns:
+        {"kind", "rows", …}: `rows` are numbers of source rows in rising order, the other lists have an entry for each,
+        see `tasks.items`. Several sequences of one source row (windows of a long text) are added up.
+
+    Raises:
+        ConfigError: a task that is not judged row by row.
+    """
+    kind = item_kind(task)
+    found: list[dict[str, Any]] = [{} for _ in range(len(data))]
+
+    def note(logits: torch.Tensor, batch: Batch, rows: np.ndarray) -> None:
+        for row, one in zip(rows, outcomes(task, logits, batch, data, rows), strict=True):
+            found[int(row)] = one
+
+    _visit(model, task, data, batch_size, runtime, note, np.argsort(-data.lengths, kind="stable"))
+    by_row: dict[int, dict[str, Any]] = {}
+    for source, one in zip(data.rows.tolist(), found, strict=True):
+        seen = by_row.get(source)
+        assert seen is None or kind == "tokens", f"source row {source} gives several {kind}"
+        by_row[source] = one if seen is None else {name: _sum(seen[name], value) for name, value in one.items()}
+    rows = sorted(by_row)
+    return {"kind": kind, "rows": rows} | {name: [by_row[row][name] for row in rows] for name in COLUMNS[kind]}
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
 
 
 def _visit(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from . import processes
 from .adapters.sharding import is_sharded
+from .answers import AnswerKind, is_right
 from .backbone import positions_of
 from .data.chat import Rendered, encode_rendered, render_prompt, stop_token_ids
 from .data.formats import Example, is_conversation
@@ -98,15 +99,20 @@ def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None
 
 
 def exact_match(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    kind: AnswerKind = "text",
 ) -> dict[str, Any]:
-    """Share of rows whose generated answer is the reference, both stripped of outer white space."""
+    """Share of rows whose generated answer is the reference's (`answers.is_right`)."""
     pairs = [prompt_and_answer(example, tokenizer) for example in examples]
     templated = [is_conversation(example) for example, (_, answer) in zip(examples, pairs, strict=True) if answer]
     pairs = [(prompt, answer) for prompt, answer in pairs if answer]
     prompts = [prompt for prompt, _ in pairs]
     texts = generate_all(model, tokenizer, prompts, max_new_tokens, batch_size, templated=templated)
-    right = sum(text.strip() == str(answer).strip() for text, (_, answer) in zip(texts, pairs, strict=True))
+    right = sum(is_right(text, str(answer), kind) for text, (_, answer) in zip(texts, pairs, strict=True))
     return {"exact_match": right / len(pairs), "generated_rows": len(pairs)} if pairs else {}
 
 

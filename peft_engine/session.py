@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import processes
+from .adapters.files import WEIGHTS
 from .adapters.group import Member
 from .adapters.sharding import held_bytes
 from .building import build_group, encode_splits, make_trainees
@@ -20,8 +21,9 @@ from .errors import ConfigError, DataError
 from .evaluation import evaluate_split
 from .exporting import save_trained
 from .meters.cost import cost_usd
-from .meters.memory import peak_rss_bytes
-from .meters.time import PhaseTimer
+from .meters.energy import energy_here
+from .meters.memory import peak_rss_bytes, storage_bytes
+from .meters.time import PhaseTimer, percentiles
 from .run_directory import RunDirectory, refuse_other_settings, storage_errors
 from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
@@ -46,6 +48,7 @@ class Run:
         self.saved_phases: dict[str, float] = {}
         self.trackers = Trackers(config, directory.path, directory.writes, view.warn)
         self.runtime = start(config)
+        self.energy = energy_here()
         self.resume = processes.from_first(lambda: resume and directory.holds_run())
         self.before: dict[str, Any] = {}
         self.moved: list[str] = []  # what a resumed run found changed of its machine and versions
@@ -83,6 +86,9 @@ class Run:
         self.trackers.log({"step": self.trainees[0].step, "final": after})
         summary = self._summary(after)
         self._write_adapter(summary)
+        if self.directory.writes:
+            summary["adapter_file_bytes"] = (self.directory.adapter / WEIGHTS).stat().st_size
+        summary["energy"] = self._energy()
         summary["seconds"] = self._phases()
         summary["wall_seconds"] = self._elapsed()
         summary["cost_usd"] = cost_usd(summary["wall_seconds"], config.budget.usd_per_hour)
@@ -191,6 +197,7 @@ class Run:
         )
 
     def _log(self, row: dict[str, Any]) -> None:
+        self.energy.sample()
         self.directory.append_metrics(row)
         self.trackers.log(row)
 
@@ -239,6 +246,28 @@ class Run:
         with self.timer.phase("save"), storage_errors(folder):
             save_trained(group, group.members[0], self.task, labels, folder, summary, self.config)
 
+    def _energy(self) -> dict[str, Any] | None:
+        """What this run used; None where nothing tells, or where it told a part of it alone."""
+        return None if self.earlier or self.runtime.world > 1 else self.energy.used()
+
+    def _memory(self, peak: int | None) -> dict[str, int] | None:
+        """The peak by what it is for. `optimizer` holds the average of the weights too; `activations` is what remains,
+        inputs and work space among it. None without a peak, or where the backbone is in pieces that come and go."""
+        if peak is None or self.runtime.sharded:
+            return None
+        trainee, model = self.trainees[0], self.group.model
+        average = trainee.average.tensors.values() if trainee.average is not None else ()
+        held = {
+            "weights": storage_bytes([*model.parameters(), *model.buffers()]),
+            "gradients": sum(t.numel() * t.element_size() for t in trainee.member.tensors.values()),
+            "optimizer": self._optimizer_bytes() + storage_bytes(average),
+        }
+        return {**held, "activations": peak - sum(held.values())}
+
+    def _optimizer_bytes(self) -> int:
+        states = self.trainees[0].optimizer.state.values()
+        return storage_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
+
     def _elapsed(self) -> float:
         return self.earlier + time.perf_counter() - self.began
 
@@ -272,11 +301,13 @@ class Run:
         timed = sum(trainee.step_seconds)
         cuda = self.runtime.device.type == "cuda"
         fused = self.group.fused
+        peak = torch.cuda.max_memory_allocated() if cuda else trainee.live_bytes
         return {
             "task": self.config.task,
             "method": self.config.adapter.method,
             "metrics": {
                 "primary": self.task.primary,
+                "maximize": self.task.maximize,
                 "split": self._final_split(),
                 "before": self.before,
                 "after": after,
@@ -285,11 +316,14 @@ class Run:
             "seconds": self._phases(),
             "step_seconds": statistics.median(trainee.step_seconds) if trainee.step_seconds else None,
             "tokens_per_second": trainee.timed_tokens / timed if timed else None,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else trainee.live_bytes,
+            "step_seconds_percentiles": percentiles(trainee.step_seconds),
+            "peak_bytes": peak,
             "peak_bytes_meaning": "CUDA allocator's maximum"
             if cuda
             else "live tensor bytes, counted on the heaviest step",
             "peak_rss_bytes": peak_rss_bytes(),
+            "memory": self._memory(peak),
+            "optimizer_state_bytes": self._optimizer_bytes(),
             "trainable_parameters": trainable,
             "total_parameters": total,
             "started_from": self.group.started_from,

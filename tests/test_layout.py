@@ -17,6 +17,7 @@ ORDER = (
     "config_options",
     "config_preference",
     "config_checks",
+    "answers",
     "config",
     "config_names",
     "config_yaml",
@@ -52,6 +53,9 @@ ORDER = (
     "faults",
     "launching",
     "starting",
+    "bench",
+    "cli_bench",
+    "cli_report",
     "cli",
     "__main__",
 )

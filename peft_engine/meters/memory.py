@@ -71,3 +71,12 @@ def peak_rss_bytes() -> int:
     """Largest resident set of this process so far (bytes)."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages under these tensors, each counted once."""
+    storages = {}
+    for tensor in tensors:
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor what is here
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())

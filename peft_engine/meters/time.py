@@ -1,8 +1,10 @@
 """Wall seconds by phase."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+import numpy as np
 
 
 class PhaseTimer:
@@ -26,3 +28,14 @@ class PhaseTimer:
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """{"p10", "p50", "p90", "p99", "mean", "count"}, interpolated linearly; None of nothing."""
+    if not seconds:
+        return None
+    found = np.percentile(seconds, [10, 50, 90, 99]).tolist()
+    return dict(zip(("p10", "p50", "p90", "p99"), found, strict=True)) | {
+        "mean": float(np.mean(seconds)),
+        "count": len(seconds),
+    }

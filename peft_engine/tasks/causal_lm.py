@@ -171,7 +171,7 @@ class CausalLM:
     def judge_answers(
         self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
     ) -> dict[str, Any]:
-        return exact_match(model, self.tokenizer, examples, settings.max_new_tokens, size)
+        return exact_match(model, self.tokenizer, examples, settings.max_new_tokens, size, settings.answer)
 
     def probe(self, model: nn.Module) -> Batch:
         return probe_tokens(model)

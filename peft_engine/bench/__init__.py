@@ -1,0 +1,1 @@
+"""Benchmarks: many methods and seeds on one task, measured and compared."""

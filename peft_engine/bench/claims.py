@@ -1,0 +1,87 @@
+"""What the project says of its exact LoRA against full fine-tuning, held against what was measured."""
+
+from typing import Any
+
+from .scoring import Results
+from .statistics import gain_kept
+
+GAIN, STEP, MEMORY = 0.95, 0.75, 0.4
+
+
+def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per plain LoRA of the suite three lines: gain kept ≥ 0.95, step time ≤ 0.75, peak memory ≤ 0.4 of the reference.
+
+    Args:
+        rows: the table's rows.
+
+    Returns:
+        method, claim, limit, value, low, high, verdict, cells: [{cell, value}] that miss by themselves. Verdicts:
+        `met`; `met on average` (the interval, or a seed, reaches past the limit); `missed`; `unknown` with `why`.
+    """
+    lines = []
+    for row in rows:
+        if row["name"] == found.reference or not _plain_lora(row["run_info"]["config"] or {}):
+            continue
+        lines.append(_gain(found, row))
+        lines.append(_share(found, row, "step_seconds", "step time", STEP))
+        lines.append(_share(found, row, "peak_bytes", "peak memory", MEMORY))
+    return lines
+
+
+def _plain_lora(config: dict[str, Any]) -> bool:
+    """LoRA itself, none of its variants, and its kernels not switched off."""
+    adapter = config.get("adapter") or {}
+    varied = adapter.get("rslora") or adapter.get("dora") or adapter.get("init", "default") not in ("default", True)
+    varied = varied or adapter.get("lora_plus_ratio") or (adapter.get("options") or {})
+    return adapter.get("method") == "lora" and not varied and config.get("kernels", "auto") != "off"
+
+
+def _gain(found: Results, row: dict[str, Any]) -> dict[str, Any]:
+    line = {"method": row["name"], "claim": "gain kept", "limit": GAIN, "least": True, "cells": []}
+    kept = (row["train_info"]["gain_kept"] or {}).get(found.primary)
+    if found.reference not in found.finals:
+        return line | _unknown(f"{found.reference} has no finished cell")
+    if kept is None:
+        return line | _unknown(f"{found.reference}'s own gain over the untouched model is not told apart from none")
+    one = found.samples[row["name"]][found.primary]
+    whole, before = found.samples[found.reference][found.primary], found.before[found.primary]
+    for seed in (seed for seed in one.seeds if seed in whole.seeds):
+        alone = gain_kept(one.only([seed]), whole, before)
+        if alone is not None and alone.mean < GAIN:
+            line["cells"].append({"cell": f"{row['name']}/seed-{seed}", "value": alone.mean})
+    sure = kept["low"] is not None and kept["low"] >= GAIN
+    verdict = "missed" if kept["mean"] < GAIN else "met" if sure else "met on average"
+    return line | {"value": kept["mean"], "low": kept["low"], "high": kept["high"], "verdict": verdict}
+
+
+def _share(found: Results, row: dict[str, Any], name: str, words: str, limit: float) -> dict[str, Any]:
+    line = {"method": row["name"], "claim": words, "limit": limit, "least": False, "cells": []}
+    shared = row["train_info"]["shares"][name]
+    if shared is None:
+        return line | _unknown(f"{found.reference} or {row['name']} has no measured {words}")
+    ours, theirs = found.measured(row["name"], name), found.measured(found.reference, name)
+    for seed in (seed for seed in sorted(ours) if seed in theirs):
+        if ours[seed] / theirs[seed] > limit:
+            line["cells"].append({"cell": f"{row['name']}/seed-{seed}", "value": ours[seed] / theirs[seed]})
+    verdict = "missed" if shared["ratio"] > limit else "met" if shared["high"] <= limit else "met on average"
+    return line | {"value": shared["ratio"], "low": shared["low"], "high": shared["high"], "verdict": verdict}
+
+
+def _unknown(why: str) -> dict[str, Any]:
+    return {"value": None, "low": None, "high": None, "verdict": "unknown", "why": why}
+
+
+def told_claim(line: dict[str, Any], reference: str) -> str:
+    """One sentence."""
+    sign = "≥" if line["least"] else "≤"
+    wanted = f"{sign} {line['limit']:.2f}× of {reference}'s"
+    if line["verdict"] == "unknown":
+        return f"{line['method']}, {line['claim']} {wanted}: unknown, because {line['why']}."
+    span = "95% interval" if line["least"] else "range over seeds"
+    low, high = (f"{bound:.3f}" if bound is not None else "no bound" for bound in (line["low"], line["high"]))
+    text = (
+        f"{line['method']}, {line['claim']} {wanted}: {line['verdict']}, {line['value']:.3f}× ({span} {low} to {high})."
+    )
+    if line["cells"]:
+        text += " Cells that miss: " + ", ".join(f"{one['cell']} {one['value']:.3f}×" for one in line["cells"]) + "."
+    return text

@@ -1,0 +1,303 @@
+"""The report of a results folder: report.html, report.md, report.csv and report.json, all with the same numbers."""
+
+import csv
+import html
+import io
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import StorageError
+from .claims import told_claim
+from .plots import plots
+from .scoring import load
+from .tables import table
+
+SIGNS = {"met": "✓", "met on average": "~", "missed": "✗", "unknown": "?"}
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Rebuild the four files of a results folder from its records.
+
+    Returns:
+        The content of report.json (see benchmarks/README.md).
+
+    Raises:
+        ConfigError: no folder, or no finished cell in it. DataError: a record's items don't fit together.
+        StorageError: a file can't be written.
+    """
+    found = table(load(folder))
+    found["summary"] = [told_claim(line, found["reference"]) for line in found["claims"]]
+    found["notes"] = notes(found)
+    files = {
+        "report.json": json.dumps(_strict(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.csv": as_csv(found),
+        "report.md": as_markdown(found),
+        "report.html": as_html(found),
+    }
+    for name, content in files.items():
+        _write(folder / name, content)
+    return found
+
+
+def _strict(content: Any) -> Any:
+    """As JSON has it: numbers that are not finite become null."""
+    if isinstance(content, dict):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _write(path: Path, content: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise StorageError(f"{path}: can't be written: {error}", "Free the disk, or mend the rights.") from error
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What a reader must know before the numbers."""
+    lines = []
+    first, reference, primary = found["results"][0], found["reference"], found["primary"]
+    unsure = [row["name"] for row in found["results"][1:] if first["name"] in row["not_told_apart_from"]]
+    if unsure:
+        lines.append(
+            f"Not told apart from the best by its mean, {first['name']}: {', '.join(unsure)}. Their order says nothing."
+        )
+    if not any(row["name"] == reference for row in found["results"]):
+        lines.append(f"The reference, {reference}, has no finished cell: differences and shares are missing.")
+    least = min(len(row["run_info"]["seeds"]) for row in found["results"])
+    if least < 10:
+        lines.append(
+            f"{_count(least, 'seed')}: an interval can't reach beyond the seeds that were run. Where seeds rather than "
+            "test items make the noise it is too narrow (with 3 seeds it then holds the truth about 75 times in 100, "
+            "not 95)."
+        )
+    flat = [
+        row["name"] for row in found["results"] if not row["train_info"]["metrics"].get(primary, {}).get("over_items")
+    ]
+    if flat:
+        lines.append(
+            f"No test items were kept of {', '.join(flat)}: their intervals of {primary} are over seeds alone."
+        )
+    for name in ("hardware", "versions", "kernels", "data_digest", "weights_digest"):
+        if len(found["meta_info"][name]) > 1:
+            lines.append(f"Cells differ in {name}: compare them with care.")
+    edge = [line["method"] for line in found["learning_rates"] if line["at_edge"]]
+    if edge:
+        lines.append(f"Learning rate at the edge of its grid, so perhaps not the best: {', '.join(edge)}.")
+    fixed = [line["method"] for line in found["learning_rates"] if not line["tuned"]]
+    if fixed:
+        lines.append(f"Learning rate given, not tuned: {', '.join(fixed)}.")
+    return lines
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """For people: `–` where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def spread(one: dict[str, Any] | None, digits: int = 4, middle: str = "mean") -> str:
+    """`0.9012 [0.8876, 0.9143]`."""
+    if not one:
+        return "–"
+    return f"{number(one[middle], digits)} [{number(one['low'], digits)}, {number(one['high'], digits)}]"
+
+
+def lines_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The main table: per method and column the text, and the number that it is sorted by."""
+    lines = []
+    primary = found["primary"]
+    for row in found["results"]:
+        facts, run = row["train_info"], row["run_info"]
+        difference, kept = facts["difference"].get(primary), facts["gain_kept"].get(primary)
+        low, high = row["places"]
+        cells = [
+            ("place", str(low) if low == high else f"{low}–{high}", row["place"]),
+            ("method", row["name"], row["name"]),
+            (primary, *_pair(facts["metrics"].get(primary), 4)),
+            (f"minus {found['reference']}", _apart(difference), difference["mean"] if difference else None),
+            ("gain kept", *_pair(kept, 3)),
+            ("step, ms", *_measured(facts, "step_seconds", 1e3, 1)),
+            ("× step", *_share(facts, "step_seconds")),
+            ("peak, MiB", *_measured(facts, "peak_bytes", 2**-20, 0)),
+            ("× peak", *_share(facts, "peak_bytes")),
+            ("training, s", *_measured(facts, "train_seconds", 1, 1)),
+            ("× training", *_share(facts, "train_seconds")),
+            ("cost, USD", *_measured(facts, "cost_usd", 1, 5)),
+            ("trained", *_measured(facts, "trainable_parameters", 1, 0)),
+            ("file, MiB", *_measured(facts, "adapter_file_bytes", 2**-20, 2)),
+            ("forgotten", *_measured(facts, "forgetting", 1, 4)),
+            ("learning rate", ", ".join(f"{rate:g}" for rate in run["learning_rate"]), run["learning_rate"][0]),
+            ("seeds", str(len(run["seeds"])), len(run["seeds"])),
+        ]
+        lines.append({"name": row["name"], "cells": cells})
+    empty = {i for i in range(len(lines[0]["cells"])) if all(line["cells"][i][1] == "–" for line in lines)}
+    for line in lines:
+        line["cells"] = [cell for i, cell in enumerate(line["cells"]) if i not in empty]
+    return lines
+
+
+def _pair(one: dict[str, Any] | None, digits: int) -> tuple[str, float | None]:
+    return spread(one, digits), one["mean"] if one else None
+
+
+def _apart(one: dict[str, Any] | None) -> str:
+    """A difference, marked where it is told apart from none."""
+    if not one:
+        return "–"
+    text = f"{one['mean']:+.4f} [{number(one['low'])}, {number(one['high'])}]"
+    return text + (" *" if one["distinguishable"] else "")
+
+
+def _measured(facts: dict[str, Any], name: str, scale: float, digits: int) -> tuple[str, float | None]:
+    one = facts[name]
+    return (number(one["median"] * scale, digits), one["median"]) if one else ("–", None)
+
+
+def _share(facts: dict[str, Any], name: str) -> tuple[str, float | None]:
+    one = facts["shares"][name]
+    return (f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]", one["ratio"]) if one else ("–", None)
+
+
+LEGEND = (
+    "Square brackets: 95% bootstrap interval over seeds and test items for scores, range over seeds for shares "
+    "(×: the median by the reference's). * the difference is told apart from none. place: where paired intervals leave "
+    "several places open, all of them. "
+    "forgotten: rise of the loss on general text, nats per token."
+)
+
+
+def as_html(found: dict[str, Any]) -> str:
+    """One page that asks for nothing else; every text in it is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = PackageLoader("peft_engine.bench")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": number, "spread": spread, "shown": _shown}
+    drawn = [{**one, "svg": Markup(one["svg"])} for one in plots(found)]
+    page = environment.get_template("report.html.jinja")
+    metrics = list(dict.fromkeys(name for row in found["results"] for name in row["train_info"]["metrics"]))
+    return page.render(
+        found=found,
+        plots=drawn,
+        lines=lines_of(found),
+        metrics=metrics,
+        legend=LEGEND,
+        signs=SIGNS,
+        facts=_facts(found),
+    )
+
+
+def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ran, as lines of name and value."""
+    run, meta = found["run_info"], found["meta_info"]
+    before = spread(found["before"]["metrics"].get(found["primary"]))
+    finals = sum(len(row["run_info"]["seeds"]) for row in found["results"])
+    lines = [
+        ("When", f"{run['first']} to {run['last']}"),
+        ("Hardware", _shown(meta["hardware"])),
+        ("Versions", _shown(meta["versions"])),
+        ("Kernels", _shown(meta["kernels"])),
+        ("Code", _shown(meta["git"])),
+        ("Command", "; ".join(str(one) for one in run["commands"])),
+        ("Cells", f"{finals} final ({len(found['results'])} methods, seeds {', '.join(map(str, run['seeds']))})"),
+        ("Budget", _shown([run["budget"]] if run["budget"] else [])),
+        ("Test rows", "–" if run["test_rows"] is None else f"{run['test_rows']:,}"),
+        ("Data, weights", f"{_shown(meta['data_digest'])}; {_shown(meta['weights_digest'])}"),
+        (
+            "Before training",
+            f"{found['primary']} {before}, from {found['before']['from']}",
+        ),
+    ]
+    return [(name, value) for name, value in lines if value]
+
+
+def _shown(values: Any) -> str:
+    """Plain data in one line: `cpu Some CPU, cpu_threads 1`."""
+    if isinstance(values, dict):
+        return ", ".join(f"{name} {_shown(value)}" for name, value in values.items() if value not in (None, {}, []))
+    if isinstance(values, list):
+        return "; ".join(_shown(value) for value in values)
+    return f"{values:g}" if isinstance(values, float) else str(values)
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """The same numbers for a repository's page."""
+    lines = lines_of(found)
+    names = [name for name, _, _ in lines[0]["cells"]]
+    text = [f"# {_plain(found['title'])}", ""]
+    text += [_plain(found["description"]), ""] if found["description"] else []
+    text += [f"- {SIGNS[c['verdict']]} {_plain(t)}" for c, t in zip(found["claims"], found["summary"], strict=True)]
+    text += [f"- {_plain(line)}" for line in found["notes"]]
+    text += [f"- failed: {_plain(one['cell'])}: {_plain(one['reason'])}" for one in found["failed"]]
+    text += [f"- missing: {_plain(one)}" for one in found["missing"]]
+    text += [f"- left out: {_plain(one['cell'])}: {_plain(one['reason'])}" for one in found["left_out"]]
+    text += ["", *_rows([names] + [[shown for _, shown, _ in line["cells"]] for line in lines]), "", LEGEND, ""]
+    metrics = list(dict.fromkeys(name for row in found["results"] for name in row["train_info"]["metrics"]))
+    body = [
+        [row["name"], *(spread(row["train_info"]["metrics"].get(name)) for name in metrics)] for row in found["results"]
+    ]
+    text += ["## All metrics", "", *_rows([["method", *metrics], *body]), "", "## Learning rates", ""]
+    rates = [
+        [
+            line["method"],
+            ", ".join(f"{rate:g}" for rate in line["chosen"]),
+            "; ".join(f"{one['learning_rate']:g}: {number(one['eval'])}" for one in line["tried"]) or "–",
+            "at the edge" if line["at_edge"] else "" if line["tuned"] else "given",
+        ]
+        for line in found["learning_rates"]
+    ]
+    text += [*_rows([["method", "chosen", f"tried: last eval {found['primary']}", ""], *rates]), "", "## What ran", ""]
+    text += [f"- {name}: {_plain(value)}" for name, value in _facts(found)]
+    return "\n".join(text) + "\n"
+
+
+def _rows(rows: list[list[str]]) -> list[str]:
+    listed = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
+    return [listed[0], "|" + "---|" * len(rows[0]), *listed[1:]]
+
+
+def _plain(text: Any) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def as_csv(found: dict[str, Any]) -> str:
+    """One line per method, number and statistic: a long table, for programs.
+
+    Columns: method, number, unit-less statistic (mean, low, high, median, ratio, seed-N), value.
+    """
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    writer.writerow(["method", "group", "number", "statistic", "value"])
+    for row in found["results"]:
+        facts = row["train_info"]
+        groups = {name: facts[name] for name in ("metrics", "difference", "gain_kept", "shares")}
+        groups["measured"] = {k: v for k, v in facts.items() if isinstance(v, dict) and "median" in v}
+        groups["memory"] = {name: {"median": value} for name, value in facts["memory"].items()}
+        for group, numbers in groups.items():
+            for name, one in numbers.items():
+                flat = {k: v for k, v in (one or {}).items() if k != "by_seed"}
+                flat |= {f"seed-{seed}": value for seed, value in (one or {}).get("by_seed", {}).items()}
+                for statistic, value in flat.items():
+                    shown = int(value) if isinstance(value, bool) else "" if value is None else repr(value)
+                    writer.writerow([_cell(row["name"]), group, _cell(name), statistic, shown])
+    return written.getvalue()
+
+
+def _cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,129 @@
+"""A results folder: which cells of a suite it holds, which are open, and which learning rates they choose."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .cells import Cell, baseline_cell, check_methods, final_cells, tuning_cells
+from .records import read_records
+from .suite import Suite, load_suite
+
+DIVERGED = 5  # exit code
+
+
+@dataclass
+class Results:
+    """A results folder and what stands in it for a suite."""
+
+    suite: Suite
+    folder: Path
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], list[Cell]] = field(default_factory=dict)
+
+    def baseline(self) -> Cell:
+        return self._once(("baseline",), lambda: [baseline_cell(self.suite)])[0]
+
+    def search(self, method: str) -> list[Cell]:
+        """The cells of a method's search of its learning rate."""
+        return self._once(("tuning", method), lambda: tuning_cells(self.suite, method))
+
+    def final(self, method: str, rate: float) -> list[Cell]:
+        return self._once(("final", method, rate), lambda: final_cells(self.suite, method, rate))
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], list[Cell]]) -> list[Cell]:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def read(self) -> None:
+        """Look at the folder. Changes nothing in it."""
+        self.records, self.damaged = read_records(self.folder)
+        self.failures = {}
+        for path in sorted((self.folder / "failed").glob("*.json")):
+            with contextlib.suppress(OSError, ValueError):  # half of a failure is none: the cell is open anyway
+                self.failures[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+
+    def state(self, cell: Cell) -> str:
+        """done, diverged (a learning rate that is out of the choice), damaged, failed or open."""
+        record = self.records.get(cell.name)
+        if record is not None and record["key"] == cell.key:
+            return "done"
+        if cell.name in self.damaged:
+            return "damaged"
+        failure = self.failures.get(cell.name)
+        if failure is None:
+            return "open"
+        return "diverged" if cell.kind == "tuning" and failure.get("exit_code") == DIVERGED else "failed"
+
+    def choice(self, method: str) -> dict[str, Any] | None:
+        """How a method's learning rate is chosen: by the last evaluation of each search run, ties to the smaller rate.
+
+        Returns:
+            {"learning_rate", "metric", "maximize", "candidates": [{"learning_rate", "value"}], "edge"}; `edge` is
+            "lowest" or "highest" where the chosen one ends the grid of several, else None. `value` is None where the
+            run diverged. None while a search run is missing, or where all have diverged.
+        """
+        rates = self.suite.rates(method)
+        if len(rates) == 1:
+            return {"learning_rate": rates[0], "metric": None, "maximize": None, "candidates": [], "edge": None}
+        candidates: list[dict[str, Any]] = []
+        primary, maximize = None, True
+        for cell in self.search(method):
+            state, value = self.state(cell), None
+            if state not in ("done", "diverged"):
+                return None
+            if state == "done":
+                info = self.records[cell.name]["train_info"]
+                primary, maximize = info["primary"], info["maximize"]
+                value = info["eval_curve"][-1][primary]
+            candidates.append({"learning_rate": cell.learning_rate, "value": value})
+        usable = [one for one in candidates if one["value"] is not None]
+        if not usable:
+            return None
+        best = min(usable, key=lambda one: (-one["value"] if maximize else one["value"], one["learning_rate"]))
+        rate = best["learning_rate"]
+        edge = "lowest" if rate == rates[0] else "highest" if rate == rates[-1] else None
+        return {"learning_rate": rate, "metric": primary, "maximize": maximize, "candidates": candidates, "edge": edge}
+
+    def cells(self) -> list[Cell]:
+        """All cells that are known: the final ones of methods whose learning rate is chosen among them."""
+        found = [self.baseline()]
+        for method in self.suite.methods:
+            found += self.search(method)
+        for method in self.suite.methods:
+            chosen = self.choice(method)
+            found += self.final(method, chosen["learning_rate"]) if chosen else []
+        return found
+
+    def waiting(self) -> dict[str, int]:
+        """Final cells that wait for their learning rate, by method."""
+        return {method: len(self.suite.seeds) for method in self.suite.methods if self.choice(method) is None}
+
+
+def open_results(path: str | Path, folder: str | Path | None = None) -> Results:
+    """A suite and what its results folder holds. Changes nothing.
+
+    Raises:
+        ConfigError: the suite, or one of its methods' settings, is at fault; or the folder is another suite's.
+    """
+    suite = load_suite(path)
+    check_methods(suite)
+    results = Results(suite, Path(folder or Path("benchmarks/results") / suite.name).expanduser())
+    if results.folder.exists() and not results.folder.is_dir():
+        raise ConfigError(f"--output: {results.folder} is a file.", "Name a folder.")
+    written = results.folder / "suite.yaml"
+    if written.is_file():
+        name = load_suite(written).name
+        if name != suite.name:
+            raise ConfigError(
+                f"--output: {results.folder} holds the results of the suite {name}, not of {suite.name}.",
+                "Name another folder.",
+            )
+    results.read()
+    return results

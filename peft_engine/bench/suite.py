@@ -1,0 +1,227 @@
+"""What a benchmark suite says: one task and budget, many methods, their learning rates and seeds."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from ..config import Count, Section
+from ..config_checks import KeyPath, dotted
+from ..config_yaml import Parsed, dump, from_python, parse
+from ..errors import ConfigError
+
+Rate = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=40)]
+
+TAKEN = {
+    "output": "each cell has a work folder of its own",
+    "adapter": "say it under methods",
+    "report_to": "cells are recorded in the results",
+    "budget.max_usd": "a cell that stops early can't be compared",
+    "budget.max_hours": "a cell that stops early can't be compared",
+    "budget.max_kwh": "a cell that stops early can't be compared",
+    "training.seed": "say it under seeds",
+    "training.learning_rate": "say it under methods or tuning, as learning_rates",
+    "training.steps": "say it under budget",
+    "training.epochs": "say it under budget",
+    "training.early_stopping": "the budget is the same for every method",
+    "training.restore_best": "all cells end with their last weights",
+    "training.save_every": "a cell is one session: it saves at its end",
+}
+"""Settings of a run that a suite decides in its own way."""
+SAME = {"batch_size", "precision"}
+"""Of `training`: what must be the same for all methods, beside what is taken."""
+
+
+class RunBudget(Section):
+    """How long each final run trains: exactly one of three."""
+
+    steps: Count | None = None
+    """Optimizer steps."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training split."""
+    tokens: Count | None = None
+    """Tokens of training rows, padding not counted; rounded to whole steps of the data's mean length."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "RunBudget":
+        if sum(value is not None for value in (self.steps, self.epochs, self.tokens)) != 1:
+            raise ValueError("expected exactly one of steps, epochs and tokens")
+        return self
+
+
+class Tuning(Section):
+    """The search of learning rates: on the evaluation split, with a seed of its own."""
+
+    seed: int = 1000
+    """Seed of the search; not among `seeds`."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Length of a search run as a share of the budget, with the whole schedule in it."""
+    learning_rates: Annotated[list[Rate], Field(min_length=1)] = [1e-4, 3e-4, 1e-3, 3e-3]
+    """Grid of the methods that name none."""
+
+
+class Method(Section):
+    """One way of fine-tuning."""
+
+    adapter: dict[str, Any]
+    """Settings of `adapter` in a config."""
+    learning_rates: Annotated[list[Rate], Field(min_length=1)] | None = None
+    """Grid to search; one value is taken as it is. null is that of `tuning`."""
+    training: dict[str, Any] = {}
+    """Settings of `training` that this method needs otherwise than all others."""
+    model: dict[str, Any] = {}
+    """Settings of `model` that this method needs otherwise."""
+    kernels: Literal["auto", "triton", "torch", "off"] | None = None
+    """As in a config; null is the suite's."""
+
+
+class GeneralText(Section):
+    """Text that training knows nothing of: what a model forgets shows in its loss there."""
+
+    path: str
+    """A file with a column `text`, or with `tokens` (lists of words), or plain text."""
+    rows: Count = 64
+    """Windows that are read."""
+    max_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens of a window."""
+
+
+class Suite(Section):
+    """A benchmark. Paths are relative to the current directory."""
+
+    name: Name
+    """Of the results folder."""
+    title: str
+    """Heading of the report."""
+    description: str = ""
+    """What it is for, in a few sentences."""
+    config: dict[str, Any]
+    """Settings as in a config file, shared by all cells."""
+    budget: RunBudget
+    """The same for every method."""
+    reference: str = "full"
+    """Method that the others are compared with."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    """Of the final cells: initialisation, data order, dropout."""
+    tuning: Tuning = Tuning()
+    """How learning rates are found."""
+    methods: Annotated[dict[Name, Method], Field(min_length=1)]
+    """By name."""
+    general_text: GeneralText | None = None
+    """Causal LM: measure forgetting on it."""
+    published: str | None = None
+    """YAML file of figures that others published for the same methods."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stated limit of the whole suite on the machine that it was made for."""
+
+    def rates(self, method: str) -> list[float]:
+        """Learning rates of a method, rising."""
+        return sorted(self.methods[method].learning_rates or self.tuning.learning_rates)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Suite":
+        faults = [*_taken(self.config, "config"), *self._repeated()]
+        for name, method in self.methods.items():
+            faults += _taken({"training": method.training}, f"methods.{name}")
+            faults += [
+                f"methods.{name}.training.{key}: must be the same for every method; say it under config"
+                for key in sorted(SAME & set(method.training))
+            ]
+        if self.reference not in self.methods:
+            faults.append(f"reference: got {self.reference}, expected one of the methods: {', '.join(self.methods)}")
+        if "baseline" in self.methods:
+            faults.append("methods.baseline: this name is the untouched model's; name it otherwise")
+        if self.tuning.seed in self.seeds:
+            faults.append(f"tuning.seed: {self.tuning.seed} is among seeds; take another")
+        if self.general_text and self.config.get("task") != "causal-lm":
+            faults.append("general_text: measures language models; set it to null, or config.task: causal-lm")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _repeated(self) -> list[str]:
+        lists: dict[str, Sequence[float]] = {"seeds": self.seeds, "tuning.learning_rates": self.tuning.learning_rates}
+        lists |= {f"methods.{n}.learning_rates": m.learning_rates or [] for n, m in self.methods.items()}
+        return [f"{name}: {values} repeats itself" for name, values in lists.items() if len(set(values)) < len(values)]
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Read a suite.
+
+    Raises:
+        ConfigError: with all faults, each with its line. What a method's settings mean together is checked with the
+            cells (`cells.enumerate_cells`).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = sorted(str(file) for file in Path("benchmarks/suites").glob("*.yaml"))
+        fix = f"Suites here: {', '.join(near)}." if near else "Give the path of a suite's YAML file."
+        raise ConfigError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}.", fix) from None
+    return suite_of(parse(text, str(path)), str(path))
+
+
+def suite_of(parsed: Parsed | dict[str, Any], name: str = "suite") -> Suite:
+    """A suite from what was parsed, or from a dict. Raises ConfigError with all faults."""
+    parsed = from_python(parsed) if isinstance(parsed, dict) else parsed
+    lines = [f"{_place(name, fault.path, parsed)}: {fault.text}" for fault in parsed.faults]
+    if not isinstance(parsed.tree, dict):
+        raise ConfigError(f"{name}: expected settings written `key: value`.", "See benchmarks/suites/.")
+    try:
+        suite = Suite.model_validate(parsed.tree)
+    except ValidationError as error:
+        for one in error.errors():
+            where = tuple(part for part in one["loc"] if part != "[key]")
+            if one["type"] == "value_error" and not where:
+                lines += [f"{name}: {text}" for text in str(one["ctx"]["error"]).splitlines()]
+            else:
+                lines.append(f"{_place(name, where, parsed)}: {_said(one, where)}")
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return suite
+
+
+def to_yaml(suite: Suite) -> str:
+    """All settings with their values, as `load_suite` reads them back."""
+    return dump(from_python(suite.model_dump()).tree)
+
+
+def _taken(tree: dict[str, Any], place: str) -> list[str]:
+    found = []
+    for name, reason in TAKEN.items():
+        node: Any = tree
+        for part in name.split("."):
+            node = node.get(part, ...) if isinstance(node, dict) else ...
+        if node is not ... and node is not None:
+            found.append(f"{place}.{name}: a suite does not take it: {reason}")
+    return found
+
+
+def _place(name: str, path: KeyPath, parsed: Parsed) -> str:
+    labels = (parsed.origins[path[:n]].label for n in range(len(path), 0, -1) if path[:n] in parsed.origins)
+    label = next(labels, "")
+    return ", ".join(part for part in (name, label if label.startswith("line") else "") if part) + f": {dotted(path)}"
+
+
+def _said(error: Any, where: KeyPath) -> str:
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(where[-1]), _names(where), n=1)
+        return f"no such setting{f'; did you mean {near[0]}?' if near else ''}"
+    if error["type"] == "missing":
+        return "is missing"
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return text if error["type"] == "value_error" else f"got {error['input']!r}: {text}"
+
+
+def _names(where: KeyPath) -> list[str]:
+    """The settings that could stand at this place."""
+    if len(where) == 1:
+        return list(Suite.model_fields)
+    sections: dict[str, type[BaseModel]] = {
+        "budget": RunBudget, "tuning": Tuning, "methods": Method, "general_text": GeneralText
+    }  # fmt: skip
+    return list(sections[str(where[0])].model_fields)

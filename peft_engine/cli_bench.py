@@ -1,0 +1,127 @@
+"""The benchmark verbs."""
+
+from typing import Any
+
+import click
+
+from .cli_tools import AS_JSON, files, show_found
+from .errors import EngineError
+
+
+@click.command()
+@click.argument("suite", metavar="SUITE", shell_complete=files)
+@click.option("--output", metavar="FOLDER", help="Results folder.  [default: benchmarks/results/<name of the suite>]")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Cells at once.")
+@click.option("--dry-run", is_flag=True, help="Show the cells and how long they will take; run nothing.")
+@click.option("--only", metavar="PATTERN", help="Cells whose name matches: lora, lora-tuning, '*-final-0-*'.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Run the first N of the open cells, then stop.")
+@AS_JSON
+def bench(
+    suite: str, output: str | None, jobs: int, dry_run: bool, only: str | None, limit: int | None, as_json: bool
+) -> None:
+    """Compare methods over several seeds.
+
+    Each cell (method, seed, learning rate) runs in a process of its own and leaves a record in the results folder. The
+    same command goes on where it was stopped: finished cells are kept, failed and damaged ones run again. Learning
+    rates are chosen on the evaluation split alone.
+
+    \b
+    peft-engine bench benchmarks/suites/quick-text.yaml --dry-run
+    peft-engine bench benchmarks/suites/quick-text.yaml
+    """
+    from .bench.results import open_results
+    from .bench.running import Bench, worst
+
+    results = open_results(suite, output)
+    if dry_run:
+        found = _overview(results, only, limit, jobs)
+        show_found(found, as_json, lambda: _print_overview(found))
+        return
+    begun = Bench(results, lambda text: click.echo(text, err=True), jobs=jobs, only=only, limit=limit)
+    begun.run()
+    _write_report(results)
+    found = _overview(results, only, None, jobs)
+    show_found(found, as_json, lambda: _print_end(found))
+    if found["failed"]:
+        lines = "\n".join(f"  {one['cell']}: {one['reason']}" for one in found["failed"])
+        failure = EngineError(
+            f"{len(found['failed'])} cells failed:\n{lines}",
+            "Their logs are in the results folder, under work/; the same command tries them again.",
+        )
+        failure.exit_code = worst([one["exit_code"] for one in found["failed"]])
+        raise failure
+
+
+def _overview(results: Any, only: str | None, limit: int | None, jobs: int) -> dict[str, Any]:
+    """Cells with their state, those that would run now, and the time that these take."""
+    from .bench.forecast import forecast
+
+    suite = results.suite
+    matching = [cell for cell in results.cells() if only is None or cell.matches(only)]
+    states = {cell.name: results.state(cell) for cell in matching}
+    ahead = [cell for cell in matching if states[cell.name] not in ("done", "diverged")][:limit]
+    waiting = {} if only or limit else results.waiting()
+    failed = [
+        {"cell": cell.title, **{name: results.failures[cell.name][name] for name in ("reason", "exit_code")}}
+        for cell in matching
+        if states[cell.name] == "failed"
+    ]
+    failed += [
+        {"cell": f"{method}/rate", "reason": "every learning rate of its grid diverged", "exit_code": 5}
+        for method in results.waiting()
+        if _all_diverged(results, method) and (only is None or any(cell.method == method for cell in matching))
+    ]
+    chosen = {method: results.choice(method) for method in suite.methods}
+    return {
+        "suite": suite.name,
+        "folder": str(results.folder),
+        "cells": [{"name": c.name, "kind": c.kind, "method": c.method, "seed": c.seed,
+                   "learning_rate": c.learning_rate, "state": states[c.name]} for c in matching],
+        "open": [cell.name for cell in ahead],
+        "waiting_for_learning_rate": waiting,
+        "failed": failed,
+        "damaged": results.damaged,
+        "learning_rates": chosen,
+        "at_the_edge": {m: one["edge"] for m, one in chosen.items() if one and one["edge"]},
+        "predicted": forecast(results, ahead, waiting, jobs),
+        "stated_minutes": suite.minutes,
+    }  # fmt: skip
+
+
+def _all_diverged(results: Any, method: str) -> bool:
+    return all(results.state(cell) == "diverged" for cell in results.search(method))
+
+
+def _print_overview(found: dict[str, Any]) -> None:
+    width = max(len(cell["name"]) for cell in found["cells"]) if found["cells"] else 0
+    for cell in found["cells"]:
+        click.echo(f"{cell['name']:<{width}}  {cell['state']}")
+    for method, count in found["waiting_for_learning_rate"].items():
+        click.echo(f"{method}-final: {count} cells, once its learning rate is chosen")
+    waiting = sum(found["waiting_for_learning_rate"].values())
+    click.echo(f"\n{len(found['cells']) + waiting} cells, {len(found['open']) + waiting} of them to run")
+    predicted, stated = found["predicted"], found["stated_minutes"]
+    limit = f"; the suite states {stated:g}" if stated else ""
+    if predicted["seconds"] is None:
+        click.echo(f"time: {predicted['of']}{limit and limit + ' minutes'}")
+    else:
+        click.echo(f"time: about {predicted['seconds'] / 60:.1f} minutes{limit} ({predicted['of']})")
+
+
+def _print_end(found: dict[str, Any]) -> None:
+    states = [cell["state"] for cell in found["cells"]]
+    click.echo(f"{states.count('done')} of {len(states)} cells are recorded in {found['folder']}")
+    for method, edge in found["at_the_edge"].items():
+        rate = found["learning_rates"][method]["learning_rate"]
+        click.echo(f"note: {method}'s learning rate {rate:g} is the {edge} of its grid; a wider one may do better")
+    diverged = [cell["name"] for cell in found["cells"] if cell["state"] == "diverged"]
+    if diverged:
+        click.echo(f"note: diverged, out of the choice: {', '.join(diverged)}")
+
+
+def _write_report(results: Any) -> None:
+    """The report of what is there so far, where there is something to compare."""
+    if any(record["run_info"]["kind"] == "final" for record in results.records.values()):
+        from .bench.report import write_report
+
+        write_report(results.folder)
