@@ -27,6 +27,7 @@ from .meters.time import PhaseTimer, percentiles
 from .run_directory import RunDirectory, refuse_other_settings, storage_errors
 from .runtime import command, git_state, hardware, machine, start, versions
 from .tasks import make_task
+from .tasks.base import Generates
 from .tasks.weighting import weights_by_class
 from .tracking import Trackers
 from .training.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
@@ -213,7 +214,7 @@ class Run:
         size = settings.batch_size or self.config.training.batch_size
         with self.timer.phase("evaluate"), self.group.evaluating(member) as model:
             found = evaluate_split(model, self.task, self.data[split], size, self.runtime)
-            if generate and settings.generate_rows and self.task.generates:
+            if generate and settings.generate_rows and isinstance(self.task, Generates):
                 examples = getattr(self.splits, split).examples[: settings.generate_rows]
                 found |= self.task.judge_answers(model, examples, settings, size)
         return found

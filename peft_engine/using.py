@@ -31,6 +31,7 @@ from .generation import generate_text, prompt_and_answer
 from .run_directory import find_run, storage_errors, write_whole
 from .runtime import Runtime, start
 from .tasks import TASKS, Task, make_task
+from .tasks.base import Generates
 from .tasks.seq2seq import Seq2Seq
 
 
@@ -99,7 +100,7 @@ def evaluate(
     size = config.evaluation.batch_size or config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
         metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
-        if config.evaluation.generate_rows and opened.task.generates:
+        if config.evaluation.generate_rows and isinstance(opened.task, Generates):
             examples = list(chosen.examples[: config.evaluation.generate_rows])
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     gone = chosen.dropped if data is not None else []
@@ -150,7 +151,8 @@ def predict(
         if name in ("predicted", "probabilities") or name.startswith("probability."):
             raise DataError(f"{source} has a column {name!r}, which the predictions would replace.", "Rename it.")
     opened = open_run(path, overrides)
-    found = _texts(opened, split) if opened.task.generates else _predictions(opened, split)
+    task = opened.task
+    found = _texts(opened, task, split) if isinstance(task, Generates) else _predictions(opened, split)
     result = [{**_writable(rows, i), **prediction} for i, prediction in enumerate(found)]
     if target:
         with storage_errors(target):
@@ -174,7 +176,7 @@ def generate(
         ConfigError: no finished run that answers with text, or nothing to answer.
     """
     folder, config = find_run(path, overrides)
-    if not TASKS[config.task].generates:
+    if not issubclass(TASKS[config.task], Generates):
         raise ConfigError(f"generate needs a run that answers with text, {folder} is {config.task}.", "Use predict.")
     if not prompt.strip():
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
@@ -256,11 +258,11 @@ def _predictions(opened: Opened, split: Split) -> list[dict[str, Any]]:
         return predict_rows(model, opened.task, encoded, size, opened.runtime)
 
 
-def _texts(opened: Opened, split: Split) -> list[dict[str, Any]]:
+def _texts(opened: Opened, task: Generates, split: Split) -> list[dict[str, Any]]:
     settings = opened.config.evaluation
     size = settings.batch_size or opened.config.training.batch_size
     with opened.group.evaluating(opened.group.members[0]) as model:
-        return [{"predicted": text} for text in opened.task.answers(model, list(split.examples), settings, size)]
+        return [{"predicted": text} for text in task.answers(model, list(split.examples), settings, size)]
 
 
 def _writable(rows: Rows, i: int) -> dict[str, Any]:

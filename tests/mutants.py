@@ -68,8 +68,8 @@ REMOVALS = (
       "loss_is_the_mean_over_all_supervised_tokens"),
     R("01", "tasks/causal_lm.py", "use_cache=False, num_items_in_batch=1).loss", "use_cache=False).loss",
       "accumulation_equals_one_big_batch"),
-    R("01", "tasks/text_classification.py", 'F.cross_entropy(logits, batch["label"], reduction="sum")',
-      'F.cross_entropy(logits, batch["label"], reduction="mean")', "uneven_micro_batches_of_a_classifier"),
+    R("01", "tasks/weighting.py", 'F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum")',
+      'F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="mean")', "uneven_micro_batches_of_a_classifier"),
     # 2
     R("02", "data/encoding.py", "if encoded.dropped and (share > max_dropped or not len(encoded)):", "if False:",
       "no_supervised_token_is_refused_and_shown"),

@@ -31,6 +31,7 @@ from ..meters.time import PhaseTimer
 from ..run import train
 from ..runtime import Runtime, git_state, hardware, start, versions
 from ..tasks import Task, make_task
+from ..tasks.base import Generates
 from ..tasks.causal_lm import CausalLM
 from ..tasks.text_metrics import text_scores
 from ..training.step import gradients
@@ -271,7 +272,7 @@ def _answered(
     """Generate the answers that the suite asks for; add `exact` to the items (null beyond them); their metrics."""
     settings = load_config({**spec["config"], "output": "unset"}).evaluation
     asked = settings.generate_rows
-    if not asked or not task.generates:
+    if not asked or not isinstance(task, Generates):
         return {}
     assert splits.test is not None
     wanted = {}

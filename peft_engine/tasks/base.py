@@ -34,14 +34,12 @@ class Task(Protocol):
         maximize: whether more of it is better.
         processor: what turns rows into the model's input, saved beside the adapter: a tokenizer or an image processor.
         auto: name of transformers' Auto class that a merged model of this task is loaded with.
-        generates: whether it answers with text of its own making (`answers`), else with `predictions`.
     """
 
     primary: str
     maximize: bool
     processor: Any
     auto: str
-    generates: bool
 
     def __init__(self, config: Config, labels: Labels | None) -> None: ...
 
@@ -83,16 +81,6 @@ class Task(Protocol):
         """Per row what a user is told: `predicted`, and `probabilities` by class where there are classes."""
         ...
 
-    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
-        """Generated answers, `size` rows at once; only where `generates`."""
-        ...
-
-    def judge_answers(
-        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
-    ) -> dict[str, Any]:
-        """Metrics of generated answers; only where `generates`."""
-        ...
-
     def probe(self, model: nn.Module) -> Batch:
         """A seeded batch on the model's device, on which a reloaded model is compared."""
         ...
@@ -111,6 +99,21 @@ class Task(Protocol):
 
     def as_plain(self, model: nn.Module) -> None:
         """Take away, in place, what the engine gave the model's class, before it is saved."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A task that answers with text of its own making; others answer with `predictions`."""
+
+    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
+        """Generated answers, `size` rows at once."""
+        ...
+
+    def judge_answers(
+        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
+    ) -> dict[str, Any]:
+        """Metrics of generated answers."""
         ...
 
 

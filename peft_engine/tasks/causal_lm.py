@@ -33,7 +33,6 @@ class CausalLM:
     primary = "loss"
     maximize = False
     auto = "AutoModelForCausalLM"
-    generates = True
 
     def __init__(self, config: Config, labels: Labels | None = None) -> None:
         self.config = config

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..backbone import Backbone, digest_weights, load_model, load_settings
-from ..config import Config, EvaluationConfig
+from ..config import Config
 from ..data.augmenting_images import describe
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
@@ -23,7 +22,7 @@ from .class_metrics import ClassMeter, predictions
 from .heads import head_modules, is_head, name_classes
 from .pixels import load_pixels
 from .timm_models import WRAPPER, TimmProcessor, head_names, is_timm, require_timm
-from .weighting import WEIGHT, add_weights, weighted_cross_entropy
+from .weighting import LABEL, WEIGHT, add_weights, class_loss
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD_DROPOUT = 0.1
@@ -32,7 +31,6 @@ MOST_HEAD_DROPOUT = 0.5
 
 class ImageClassification:
     auto = "AutoModelForImageClassification"
-    generates = False
 
     def __init__(self, config: Config, labels: Labels | None) -> None:
         assert labels is not None, "image classification needs its classes"
@@ -152,30 +150,16 @@ class ImageClassification:
         return model(pixel_values=pixels, **self.arguments).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Sum over images: cross-entropy; mean over classes of binary cross-entropy; squared error."""
-        if self.labels.kind == "single":
-            return weighted_cross_entropy(logits, batch["label"], batch.get(WEIGHT))
-        logits = logits.float()
-        if self.labels.kind == "multi":
-            return F.binary_cross_entropy_with_logits(logits, batch["label"], reduction="none").mean(-1).sum()
-        return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")
+        return class_loss(logits, batch[LABEL], self.labels.kind)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.loss(self.forward(model, batch), batch)
+        return class_loss(self.forward(model, batch), batch[LABEL], self.labels.kind, batch.get(WEIGHT))
 
     def meter(self) -> ClassMeter:
         return ClassMeter(self)
 
     def predictions(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         return predictions(logits, self.labels)
-
-    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
-        raise NotImplementedError("a classifier answers with classes")
-
-    def judge_answers(
-        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
-    ) -> dict[str, Any]:
-        raise NotImplementedError("a classifier answers with classes")
 
     def probe(self, model: nn.Module) -> Batch:
         """Four images of noise."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice
 
 from ..backbone import Backbone, digest_tokenizer, load_settings, load_tokenizer, padding_id
-from ..config import Config, EvaluationConfig
+from ..config import Config
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
@@ -37,7 +37,6 @@ class MultipleChoice:
     primary = "accuracy"
     maximize = True
     auto = "AutoModelForMultipleChoice"
-    generates = False
 
     def __init__(self, config: Config, labels: Labels | None) -> None:
         assert labels is not None
@@ -159,14 +158,6 @@ class MultipleChoice:
             {"predicted": int(np.argmax(share[:n])), "probabilities": {str(i): share[i] for i in range(n)}}
             for share, n in zip(shares, counts, strict=True)
         ]
-
-    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
-        raise NotImplementedError("a chooser answers with a place")
-
-    def judge_answers(
-        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
-    ) -> dict[str, Any]:
-        raise NotImplementedError("a chooser answers with a place")
 
     def probe(self, model: nn.Module) -> Batch:
         return probe_tokens(model)

@@ -40,7 +40,6 @@ class Seq2Seq:
     primary = "loss"
     maximize = False
     auto = "AutoModelForSeq2SeqLM"
-    generates = True
 
     def __init__(self, config: Config, labels: Labels | None = None) -> None:
         self.config = config

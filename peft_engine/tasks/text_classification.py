@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..backbone import Backbone, digest_tokenizer, digest_weights, load_model, load_settings, load_tokenizer, padding_id
-from ..config import Config, EvaluationConfig, ModelConfig
+from ..config import Config, ModelConfig
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import Labels
@@ -26,7 +25,7 @@ from ..errors import ConfigError, DataError
 from .base import Batch, pad_column, pad_tokens, probe_tokens
 from .class_metrics import ClassMeter, predictions
 from .heads import load_with_head, name_classes
-from .weighting import LABEL, WEIGHT, add_weights, weighted_cross_entropy
+from .weighting import LABEL, WEIGHT, add_weights, class_loss
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
 HEAD = "classifier"  # name of the mean-pooled head's linear layer
@@ -34,7 +33,6 @@ HEAD = "classifier"  # name of the mean-pooled head's linear layer
 
 class TextClassification:
     auto = "AutoModelForSequenceClassification"
-    generates = False
 
     def __init__(self, config: Config, labels: Labels | None) -> None:
         assert labels is not None, "text classification needs its classes"
@@ -99,33 +97,16 @@ class TextClassification:
         return model(**{name: tensor for name, tensor in batch.items() if name not in (LABEL, WEIGHT)}).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Sum over rows: cross-entropy; mean over classes of binary cross-entropy; squared error."""
-        logits = logits.float()
-        if self.labels.kind == "single":
-            return F.cross_entropy(logits, batch["label"], reduction="sum")
-        if self.labels.kind == "multi":
-            return F.binary_cross_entropy_with_logits(logits, batch["label"], reduction="none").mean(-1).sum()
-        return F.mse_loss(logits.squeeze(-1), batch["label"], reduction="sum")
+        return class_loss(logits, batch[LABEL], self.labels.kind)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = self.forward(model, batch)
-        if WEIGHT in batch:
-            return weighted_cross_entropy(logits, batch[LABEL], batch[WEIGHT])
-        return self.loss(logits, batch)
+        return class_loss(self.forward(model, batch), batch[LABEL], self.labels.kind, batch.get(WEIGHT))
 
     def meter(self) -> ClassMeter:
         return ClassMeter(self)
 
     def predictions(self, logits: Tensor, batch: Batch) -> list[dict[str, Any]]:
         return predictions(logits, self.labels)
-
-    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
-        raise NotImplementedError("a classifier answers with classes")
-
-    def judge_answers(
-        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
-    ) -> dict[str, Any]:
-        raise NotImplementedError("a classifier answers with classes")
 
     def probe(self, model: nn.Module) -> Batch:
         return probe_tokens(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
 from ..backbone import Backbone, digest_tokenizer, load_settings, load_tokenizer, padding_id
-from ..config import Config, EvaluationConfig
+from ..config import Config
 from ..data.encoding import EncodedRow, EncodedSet
 from ..data.formats import Example
 from ..data.labels import NOT_LEARNED, Labels
@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from .base import Batch, pad_column, pad_tokens, probe_tokens
 from .heads import load_with_head, name_classes
 from .tag_metrics import TagMeter, marks_entities
-from .weighting import WEIGHT, add_weights, weighted_cross_entropy
+from .weighting import TAG, WEIGHT, add_weights, weighted_cross_entropy
 
 NOT_READ = ("word", "words", "tag", WEIGHT)  # by the model
 
@@ -28,7 +28,6 @@ NOT_READ = ("word", "words", "tag", WEIGHT)  # by the model
 class TokenClassification:
     maximize = True
     auto = "AutoModelForTokenClassification"
-    generates = False
 
     def __init__(self, config: Config, labels: Labels | None) -> None:
         assert labels is not None, "token classification needs its tags"
@@ -100,11 +99,11 @@ class TokenClassification:
         return model(**{name: tensor for name, tensor in batch.items() if name not in NOT_READ}).logits
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Sum over words of the cross-entropy, times the tag's weight where classes are weighted."""
-        return weighted_cross_entropy(logits, batch["tag"], batch.get(WEIGHT))
+        """Sum over words of the cross-entropy."""
+        return weighted_cross_entropy(logits, batch[TAG], None)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.loss(self.forward(model, batch), batch)
+        return weighted_cross_entropy(self.forward(model, batch), batch[TAG], batch.get(WEIGHT))
 
     def meter(self) -> TagMeter:
         return TagMeter(self)
@@ -122,14 +121,6 @@ class TokenClassification:
                     tags[place], sure[place] = self.labels.names[tag], probability
             found.append({"predicted": tags, "probabilities": sure})
         return found
-
-    def answers(self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int) -> list[str]:
-        raise NotImplementedError("a tagger answers with tags")
-
-    def judge_answers(
-        self, model: nn.Module, examples: list[Example], settings: EvaluationConfig, size: int
-    ) -> dict[str, Any]:
-        raise NotImplementedError("a tagger answers with tags")
 
     def probe(self, model: nn.Module) -> Batch:
         return probe_tokens(model)

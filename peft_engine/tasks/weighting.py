@@ -97,6 +97,22 @@ def add_weights(batch: dict[str, Tensor], data: EncodedSet, rows: np.ndarray) ->
     batch[WEIGHT] = torch.from_numpy(filled)
 
 
+def class_loss(logits: Tensor, label: Tensor, kind: str, weight: Tensor | None = None) -> Tensor:
+    """Sum over rows, fp32 scalar: cross-entropy of one class, times its weight; mean over classes of the binary
+    cross-entropy of several; squared error of a number.
+
+    Args:
+        logits: (rows, classes), or (rows, 1) for a number.
+        kind: of the labels: single, multi or regression.
+    """
+    if kind == "single":
+        return weighted_cross_entropy(logits, label, weight)
+    logits = logits.float()
+    if kind == "multi":
+        return F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean(-1).sum()
+    return F.mse_loss(logits.squeeze(-1), label, reduction="sum")
+
+
 def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None) -> Tensor:
     """Sum of w·(-log p(label)), fp32 scalar; -100 is no label.
 

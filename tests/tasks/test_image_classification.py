@@ -254,9 +254,11 @@ def test_class_weights_weigh_the_loss(assembled):
     weighted = dataclasses.replace(made.data["train"], columns=columns)
     rows = np.arange(7)
     batch = made.task.collate(*weighted.drawn(rows, 1))
-    logits = made.task.forward(made.group.model, batch).detach()
+    logits = made.task.forward(made.group.model.eval(), batch).detach()
     want = F.cross_entropy(logits, labels[:7], weight=weights, reduction="sum")
-    torch.testing.assert_close(made.task.loss(logits, batch), want)
+    torch.testing.assert_close(made.task.training_loss(made.group.model, batch).detach(), want)
+    plain = F.cross_entropy(logits, labels[:7], reduction="sum")
+    torch.testing.assert_close(made.task.loss(logits, batch), plain, msg="evaluation knows no weights")
     assert "weight" not in made.task.collate(made.data["train"], rows)
 
 

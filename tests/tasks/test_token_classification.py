@@ -296,6 +296,8 @@ def test_class_weights_weigh_tags(tiny_model: Tiny, tmp_path: Path, kernels: str
         for tensor, slope in zip(tensors, slopes, strict=True):
             torch.testing.assert_close(tensor.grad, slope, rtol=1e-4, atol=1e-6)
     assert "weight" not in run.data["eval"].columns
+    plain = F.cross_entropy(logits.flatten(0, 1), batch["tag"].flatten(), reduction="sum")
+    assert float(run.task.loss(logits, batch)) == pytest.approx(float(plain), rel=1e-6), "also on training rows"
     weights = train(of)["data"]["class_weights"]
     assert weights == pytest.approx(dict(zip(names, by_tag.tolist(), strict=True)))
 
