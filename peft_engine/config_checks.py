@@ -268,6 +268,9 @@ def _preference(values: Tree) -> Iterator[Fault]:
     if task in PREFERENCE and adapter:
         for name, text in preference_faults(task, adapter):
             yield Fault(("adapter", name), text)
+    if task in PREFERENCE and lookup(values, "data.clean.contradictory") not in (None, "keep"):
+        text = f"several answers to a prompt are what task {task} learns from; set it to keep"
+        yield Fault(("data", "clean", "contradictory"), text)
 
 
 def _class_weights(values: Tree) -> Iterator[Fault]:

@@ -18,6 +18,11 @@ def preference_faults(task: str, adapter: Mapping[str, Any]) -> Iterator[tuple[s
     method = adapter["method"]
     if method in PROMPTS:
         yield "method", f"got {method}, and TRL's losses of task {task} don't count virtual tokens; take another method"
+    if method == "adalora":
+        yield (
+            "method",
+            f"got adalora, whose ranks TRL's trainer of task {task} does not move after each step; take lora",
+        )
     if method == "lora" and adapter["init"] == "lora-ga":
         yield "init", f"got lora-ga, which needs gradients of the loss, and TRL makes that of task {task}; take eva"
     if task in REFERRED and adapter["start_from"] is not None and method in (*WHOLE_TENSORS, *BOTTLENECK):

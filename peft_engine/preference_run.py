@@ -27,6 +27,7 @@ from .meters.memory import LiveBytes
 from .reference import copy_to_reference, one_start, reference_numbers
 from .runtime import seed_everything
 from .session import Run
+from .tasks.preference import over_rows
 from .training.guards import check_gradients, is_out_of_memory
 from .training.optim import make_schedule, set_learning_rate
 from .training.state import Trainee
@@ -139,6 +140,7 @@ class Driver:
         optimizer = self.trainee.optimizer
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # Steps sets the rate
         self.reason: EngineError | None = None
+        self.batches: dict[str, list[float]] = {}  # TRL's metrics of each batch of the last evaluation
         self.steps = Steps(self)
         first = "eval" if "eval" in run.data else run._final_split()
         with quiet(), refused(run.config.task), one_start(run.group.model):
@@ -244,11 +246,22 @@ class Driver:
         if split not in self.prepared:
             self.prepared[split] = self._prepare(getattr(self.run_.splits, split))
         seed_everything(self.config.training.seed, 5)
+        size = self._evaluation_size(len(self.prepared[split]))
+        self.trainer.args.per_device_eval_batch_size = size
         with quiet(), refused(self.config.task):  # the first use of TRL's options, before any training
             found = self.trainer.evaluate(self.prepared[split])
         measured = {name.removeprefix("eval_"): value for name, value in found.items()}
+        if self.config.task == "kto":
+            measured |= over_rows(self.batches, self.prepared[split]["label"], size)
         left_out = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
         return {name: float(value) for name, value in measured.items() if name not in left_out}
+
+    def _evaluation_size(self, rows: int) -> int:
+        """Rows at once. TRL takes the mean of its batches' means: the rows', where all batches are of one size."""
+        most = self.config.evaluation.batch_size or self.trainee.micro_batch_size
+        if self.config.task == "kto":  # its loss is of a batch; its rewards are put right by `over_rows`
+            return most
+        return next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
 
     def _prepare(self, split: Split) -> Any:
         """A split as the trainer's constructor prepares its evaluation data."""
@@ -348,6 +361,8 @@ class Hooked:
         return loss
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
+        metrics = getattr(self, "_metrics", {}).get("eval", {})
+        self.driver.batches = {name: list(values) for name, values in metrics.items()}  # the next line clears them
         super().log(logs, *rest)  # type: ignore[misc]
         driver, step = self.driver, self.state.global_step  # type: ignore[attr-defined]
         if "loss" not in logs:

@@ -215,7 +215,9 @@ class Run:
         with self.timer.phase("evaluate"), self.group.evaluating(member) as model:
             found = evaluate_split(model, self.task, self.data[split], size, self.runtime)
             if generate and settings.generate_rows and isinstance(self.task, Generates):
-                examples = getattr(self.splits, split).examples[: settings.generate_rows]
+                examples = [
+                    getattr(self.splits, split).examples[i] for i in self.data[split].read()[: settings.generate_rows]
+                ]
                 found |= self.task.judge_answers(model, examples, settings, size)
         return found
 

@@ -101,7 +101,7 @@ def evaluate(
     with opened.group.evaluating(opened.group.members[0]) as model:
         metrics = evaluate_split(model, opened.task, encoded, size, opened.runtime)
         if config.evaluation.generate_rows and isinstance(opened.task, Generates):
-            examples = list(chosen.examples[: config.evaluation.generate_rows])
+            examples = [chosen.examples[i] for i in encoded.read()[: config.evaluation.generate_rows]]
             metrics |= opened.task.judge_answers(model, examples, config.evaluation, size)
     gone = chosen.dropped if data is not None else []
     gone = gone + [Dropped(split, chosen.where[i], "teaches nothing", reason) for i, reason in encoded.dropped]

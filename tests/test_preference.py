@@ -224,12 +224,36 @@ def test_a_reward_backbone_without_an_end_token(tiny_model: Tiny, tmp_path: Path
         ("reward", {"adapter": {"method": "lora", "init": "lora-ga"}}, "take eva"),
         ("kto", {"adapter": {"method": "full", "start_from": "runs/first"}}, "export that run with --merged"),
         ("reward", {"preference": {"beta": 0.3}}, "preference.beta: applies to tasks dpo, orpo, kto only"),
+        ("orpo", {"adapter": {"method": "adalora"}}, "does not move after each step"),
+        ("kto", {"data__clean": {"contradictory": "drop"}}, "set it to keep"),
         ("orpo", {"data__group_by_length": True}, "data.group_by_length: applies to tasks"),
     ],
 )
 def test_what_trl_would_silently_leave_out(task: str, new: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         changed(settings(task, tmp_path / "model", tmp_path), **new)
+
+
+@pytest.mark.parametrize("task", ["dpo", "orpo", "kto", "reward"])
+def test_metrics_do_not_depend_on_the_size_of_batches(task: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    """12 rows in batches of 1, 5 and 12; KTO's with one-sided batches. The losses of KTO and ORPO are of a batch."""
+    found = []
+    for size in (1, 5, 12):
+        run = settings(task, tiny_model("llama"), tmp_path / str(size), training={"steps": 3})
+        made = rows(task, 24)
+        if task == "kto":
+            made.sort(key=lambda row: row["label"])
+        held = write_rows(tmp_path / f"{task}-{size}.jsonl", made[6:18])
+        write_rows(Path(str(run.data.train)), made[:6] + made[18:])
+        run = changed(run, data__eval=str(held), evaluation={"batch_size": size})
+        found.append(train(run)["metrics"]["after"])
+    counted = {name for name in found[0] if "rewards" in name or "logps" in name or name in ("accuracy", "margin")}
+    assert counted
+    if task in ("dpo", "reward"):
+        counted.add("loss")
+    for other in found[1:]:
+        for name in counted:
+            assert other[name] == pytest.approx(found[0][name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(

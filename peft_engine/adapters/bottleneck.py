@@ -32,6 +32,9 @@ from .targets import find_modules_to_save, in_layers
 ACTIVATION = {"houlsby": "gelu", "pfeiffer": "relu", "parallel": "relu"}
 ADAPTER = "bottleneck"
 
+LAYER_LINEARS = 4
+"""A module with so many linears may be a layer: three of attention and one more."""
+
 
 class Bottleneck(nn.Module):
     """scale · up(act(down(x))), computed in its own dtype: (..., width) → (..., width) in the dtype of x."""
@@ -144,6 +147,7 @@ def _layers_below(name: str, module: nn.Module) -> list[Layer] | None:
     """Layers of the outermost ModuleLists in a module; none where there are none, None where part can't be read."""
     found: list[Layer] = []
     outermost: list[str] = []
+    unread = False  # a list of what may well be layers
     for inner, part in module.named_modules(prefix=name):
         if not isinstance(part, nn.ModuleList) or any(inner.startswith(f"{above}.") for above in outermost):
             continue
@@ -158,11 +162,16 @@ def _layers_below(name: str, module: nn.Module) -> list[Layer] | None:
             if not layers and (layer := _read_layer(place, element)):
                 layers = [layer]
             own += layers
-            odd = odd or (not layers and any(isinstance(m, LINEAR_TYPES) for m in element.modules()))
+            odd = odd or (not layers and _linears(element) > 0)
         if own and odd:
             return None
+        unread = unread or (odd and all(_linears(element) >= LAYER_LINEARS for element in part))
         found += own
-    return found
+    return None if found and unread else found
+
+
+def _linears(module: nn.Module) -> int:
+    return sum(isinstance(m, LINEAR_TYPES) for m in module.modules())
 
 
 def _read_layer(name: str, layer: nn.Module) -> Layer | None:

@@ -5,8 +5,10 @@ conversation that are not the assistant's.
 Two rows with one input never stand on two sides of a split, whatever their answers (trap 26).
 """
 
+import functools
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +17,13 @@ from .formats import Example
 from .labels import as_list, class_name
 
 INPUTS = ("text", "text_pair", "choices", "prompt", "tools", "source", "tokens", "image")  # all else is the answer
-WORDS = re.compile(r"\w+")
+
+
+@functools.cache
+def _words() -> re.Pattern[str]:
+    """Runs of letters, digits and the marks that stand on or beside them (vowel and tone signs)."""
+    marks = (chr(code) for code in range(0x300, sys.maxunicode) if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(f"[\\w{''.join(marks)}]+")
 
 
 def input_key(example: Example) -> str:
@@ -71,7 +79,7 @@ def label_key(example: Example) -> str:
 
 def near_key(key: str) -> str:
     """An input key without case, punctuation, spacing and Unicode form; equal ones are near duplicates."""
-    return " ".join(WORDS.findall(unicodedata.normalize("NFKC", key).casefold())) or key
+    return " ".join(_words().findall(unicodedata.normalize("NFKC", key).casefold())) or key
 
 
 def repeated(examples: Iterable[Example]) -> int:

@@ -108,6 +108,7 @@ def right_choice(label: Any, choices: list[str], keys: list[str]) -> int:
     if isinstance(label, int) and not isinstance(label, bool):
         numbered = any(WHOLE.fullmatch(key.strip()) for key in keys)
         readings = [i for i, key in enumerate(keys) if key.strip() == str(label)] if numbered else [label]
+        readings += [i for i, choice in enumerate(choices) if choice.strip() == str(label)]
     elif isinstance(label, str):
         name = label.strip()
         readings = [i for i, choice in enumerate(choices) if choice.strip() == name]

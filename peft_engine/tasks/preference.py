@@ -98,6 +98,23 @@ def sides(example: Example) -> Iterator[Example]:
             yield {"text": answer}
 
 
+def over_rows(batches: dict[str, list[float]], labels: list[bool], size: int) -> dict[str, float]:
+    """KTO's rewards as means over the rows of a split: TRL's are over batches, and leave out a side that one lacks.
+
+    Args:
+        batches: a value per batch that holds good (chosen), or bad (rejected), answers.
+        labels: of the rows, in their order.
+        size: rows of a batch; the last may be smaller.
+    """
+    found = {}
+    pieces = [labels[i : i + size] for i in range(0, len(labels), size)]
+    for side, wanted in (("chosen", True), ("rejected", False)):
+        counts = [n for n in (sum(bool(label) == wanted for label in piece) for piece in pieces) if n]
+        for name in (f"rewards/{side}", f"logps/{side}"):
+            found[name] = sum(v * n for v, n in zip(batches[name], counts, strict=True)) / sum(counts)
+    return found | {"rewards/margins": found["rewards/chosen"] - found["rewards/rejected"]}
+
+
 def _widest(found: list[list[EncodedRow] | str]) -> list[EncodedRow] | str:
     """The longest sequence among a row's sides, or why one of them teaches nothing."""
     rows: list[EncodedRow] = []

@@ -276,6 +276,9 @@ STAGES: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "d
 MOE = {"num_experts": 4, "moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8}
 SWITCH = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 2}
 PYRAMID = {"image_size": [32, 32], "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1}
+PROPHET = {"vocab_size": 50, "hidden_size": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+PROPHET |= {"num_encoder_layers": 2, "num_decoder_layers": 2}
+PROPHET |= {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
 PYRAMID |= {"query_stride": [2, 2], "patch_stride": [4, 4], "masked_unit_size": [4, 4]}
 
 
@@ -289,6 +292,7 @@ PYRAMID |= {"query_stride": [2, 2], "patch_stride": [4, 4], "masked_unit_size": 
         ("Hiera", PYRAMID, 0),  # a projection behind the MLP of some blocks
         ("Qwen3Moe", SMALL | MOE | {"mlp_only_layers": [0], "num_hidden_layers": 2}, 0),  # experts in some layers
         ("SwitchTransformers", SWITCH, 0),  # a list of experts
+        ("ProphetNet", PROPHET, 0),  # a decoder whose layers read otherwise than its encoder's
     ],
 )
 def test_layers_are_found_all_or_refused(kind: str, settings: dict[str, Any], count: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 from tiny import config, write_rows
 
 from peft_engine.data import near_duplicates
+from peft_engine.data.duplicates import near_key
 from peft_engine.data.near_duplicates import PERMUTATIONS, bands, find_near, grams, jaccard, method_for, words
 from peft_engine.data.splitting import load_splits
 from peft_engine.errors import DataError
@@ -176,3 +177,11 @@ def test_28000_short_rows_take_seconds():
     start = time.process_time()
     assert find_near(rows[:22_000], {"eval": rows[22_000:25_000], "test": rows[25_000:]}, 0.8, fuzzy=True) == []
     assert time.process_time() - start < 15
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("मेरा बेटा", "मेरी बेटी"), ("เก่า", "เก้า"), ("cafe\u0301s", "cafes"), ("נֵר", "נוֹר")]
+)
+def test_vowel_and_tone_signs_tell_words_apart(one: str, other: str) -> None:
+    assert near_key(one) != near_key(other)
+    assert near_key(f"«{one}»!") == near_key(one)

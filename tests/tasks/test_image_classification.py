@@ -13,9 +13,16 @@ from comparing import Crash, changed, crash_at, outcome
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import assemble, config
-from tiny_images import CLASSES, FAMILIES, SIDE, TARGETS, make_image_model, noise, write_folder
+from tiny_images import CLASSES, FAMILIES, NORMAL, PROCESSORS, SIDE, TARGETS, make_image_model, noise, write_folder
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2Model,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from peft_engine.config import ModelConfig
 from peft_engine.errors import ConfigError
@@ -346,3 +353,14 @@ def test_several_classes_and_numbers(models, tmp_path):
         assert summary["metrics"]["primary"] == {"multi": "f1_micro", "regression": "pearson"}[kind]
         assert export(chosen.output)[1].relative <= 1e-5
         assert len(predict(chosen.output, str(folder / f"{kind}.jsonl"))) == 24
+
+
+def test_convolutions_that_the_model_looks_into_are_refused_in_words(images, tmp_path):
+    """transformers' TensorFlow padding reads `stride` of convolutions, which peft's wrappers don't have."""
+    shape = {"depth_multiplier": 0.25, "min_depth": 8, "image_size": 32, "tf_padding": True}
+    folder = tmp_path / "model"
+    MobileNetV2Model(MobileNetV2Config(**shape)).save_pretrained(folder)
+    text = json.dumps({**PROCESSORS["mobilenet"], **NORMAL, "resample": 2})
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="has no attribute 'stride'"):
+        train(settings(folder, images, tmp_path / "run", "mobilenet"))

@@ -85,6 +85,7 @@ def test_the_right_choice_in_all_its_forms(row: dict[str, Any], right: int) -> N
         ("zebra", ABC, "a choice's own text"),
         (True, ABC, "it is 0 to 2"),
         ("1", ["7", "8", "1"], "may be choice 1 or 2"),
+        (2, ["1", "2", "3"], "may be choice 1 or 2"),
         (0, ["a"], "holds 1 choices"),
         (0, ["a", " "], "holds an empty choice"),
         (0, [], "holds no choices"),
