@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from comparing import Crash, changed, crash_at, outcome
+from comparing import changed, outcome
+from task_checks import resumes_bitwise
 from tiny import assemble, chat_rows, class_rows, config, pair_rows, sentence, write_rows
 from transformers import AutoTokenizer
 
@@ -264,14 +265,7 @@ def test_resume_with_augmentation_and_a_mixture_is_bitwise(tiny_model, tmp_path,
     training = {"steps": 9, "batch_size": 4, "micro_batch_size": 3, "learning_rate": 0.01, "save_every": 2}
     data = {"train": sources, "class_weights": "balanced"}
     whole = settings("classes", tiny_model, tmp_path, ALL, data=data, training=training)
-    train(whole)
-    broken = changed(whole, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 7)
-        with pytest.raises(Crash):
-            train(broken)
-    train(broken, resume=True)
-    assert outcome(broken.output) == outcome(whole.output)
+    resumes_bitwise(whole, 7, monkeypatch)
     plain = changed(whole, output=str(tmp_path / "plain"), data=data | {"augment": {"text": {}}})
     train(plain)
     assert outcome(plain.output) != outcome(whole.output)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import Crash, changed, crash_at, outcome
+from comparing import changed
 from PIL import Image
 from safetensors.torch import load_file
+from task_checks import resumes_bitwise
 from tiny import assemble, config
 from tiny_images import CLASSES, FAMILIES, NORMAL, PROCESSORS, SIDE, TARGETS, make_image_model, noise, write_folder
 from torch import nn
@@ -311,14 +312,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_run(models, images, tmp_path, m
     training = {"steps": 9, "save_every": 3, "micro_batch_size": 3}
     data = {**AUGMENTED, "split": {"eval": 0.2, "test": 0.0}}
     whole = settings(models["mobilenet"], images, tmp_path / "whole", "mobilenet", training=training, data=data)
-    train(whole)
-    broken = changed(whole, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(broken)
-    train(broken, resume=True)
-    assert outcome(broken.output) == outcome(whole.output)
+    resumes_bitwise(whole, 5, monkeypatch)
 
 
 def test_augmentation_changes_training_alone(models, images, tmp_path):

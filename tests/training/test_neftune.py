@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import Crash, changed, crash_at, outcome, small
+from comparing import changed, small
+from task_checks import resumes_bitwise
 from tiny import assemble, class_rows, config, make_model, write_rows
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
@@ -123,14 +124,7 @@ def test_a_run_does_not_depend_on_the_cut(kernels, checkpointing, tiny_model, tm
 
 def test_resume_gives_the_same_bits(tiny_model, tmp_path, monkeypatch):
     whole = small(tiny_model("llama"), tmp_path, neftune_alpha=5.0)
-    train(whole)
-    broken = changed(whole, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(broken)
-    train(broken, resume=True)
-    assert outcome(broken.output) == outcome(whole.output)
+    resumes_bitwise(whole, 5, monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from comparing import Crash, changed, crash_at, outcome, small
+from comparing import changed, small
 from safetensors.torch import load_file
+from task_checks import resumes_bitwise
 from tiny import assemble, class_rows, config, logits_of, pair_rows, write_rows
 
 from peft_engine.config import Config
@@ -92,14 +93,7 @@ def test_the_round_trip_keeps_what_did_not_train(method, patterns, tiny_model, t
 
 def test_resume_gives_the_same_bits(tiny_model, tmp_path, monkeypatch):
     whole = small(tiny_model("llama"), tmp_path, trainable=["v_proj", "o_proj"], frozen=["lora_A"], ema_decay=0.9)
-    train(whole)
-    broken = changed(whole, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(broken)
-    train(broken, resume=True)
-    assert outcome(broken.output) == outcome(whole.output)
+    resumes_bitwise(whole, 5, monkeypatch)
 
 
 @pytest.mark.parametrize(
