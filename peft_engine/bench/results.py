@@ -92,14 +92,14 @@ class Results:
         return {"learning_rate": rate, "metric": primary, "maximize": maximize, "candidates": candidates, "edge": edge}
 
     def cells(self) -> list[Cell]:
-        """All cells that are known: the final ones of methods whose learning rate is chosen among them."""
+        """All cells that are known, in the order in which they run: the final ones of methods whose learning rate is
+        chosen among them, seed by seed, so that a slow hour of the machine meets every method."""
         found = [self.baseline()]
         for method in self.suite.methods:
             found += self.search(method)
-        for method in self.suite.methods:
-            chosen = self.choice(method)
-            found += self.final(method, chosen["learning_rate"]) if chosen else []
-        return found
+        chosen = {method: choice for method in self.suite.methods if (choice := self.choice(method))}
+        runs = [self.final(method, choice["learning_rate"]) for method, choice in chosen.items()]
+        return found + [cell for of_one_seed in zip(*runs, strict=True) for cell in of_one_seed]
 
     def waiting(self) -> dict[str, int]:
         """Final cells that wait for their learning rate, by method."""
