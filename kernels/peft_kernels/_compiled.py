@@ -1,7 +1,7 @@
 """The passes of cpu/passes.cpp, built once per machine by the C++ compiler that is found, called through ctypes.
 
-The library lies in the user's cache folder under a name that holds the source, the compiler and this CPU's features. Where
-there is no compiler, or it fails, everything runs in plain torch; `status()` says which, and why.
+The library lies in the user's cache folder under a name that holds the source, the compiler and this CPU's features.
+Where there is no compiler, or it fails, everything runs in plain torch; `status()` says which, and why.
 """
 
 import ctypes

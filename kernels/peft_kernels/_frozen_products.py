@@ -112,8 +112,8 @@ def products_back(
     triton: bool,
     low: LowBack | None = None,
 ) -> tuple[Tensor | None, bool]:
-    """dx (M, K) of `dtype`, a buffer of its own, None where no output has a gradient; and whether `low` is in it, which a
-    Triton product takes along."""
+    """dx (M, K) of `dtype`, a buffer of its own, None where no output has a gradient; and whether `low` is in it, which
+    a Triton product takes along."""
     dx: Tensor | None = None
     taken = False
     for run in _runs(weights):

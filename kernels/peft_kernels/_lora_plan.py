@@ -1,4 +1,4 @@
-"""What shapes and settings decide about a call of `lora_linears`: where tensors stand, which adapters share a product."""
+"""What shapes and settings decide about a call of `lora_linears`: where tensors stand, which adapters go together."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SPARSE = 0.2
 
 @dataclass(frozen=True)
 class Pair:
-    """Where one adapter stands: `at` of its A (then B, bias) among the tensors, `projection` it belongs to, its mask."""
+    """Where one adapter stands: `at` of its A (then B, bias) among the tensors, its projection, its mask."""
 
     projection: int
     at: int

@@ -31,8 +31,8 @@ def quantise(
         dtype: int8 or float8_e4m3fn.
 
     Returns:
-        codes (M, Σ widths) of `dtype` and scales (M,) float32. Rows of zeros have scale 1; rows with NaN or infinity have
-        scale NaN, so that whatever is made of them is NaN, and any codes.
+        codes (M, Σ widths) of `dtype` and scales (M,) float32. Rows of zeros have scale 1; rows with NaN or infinity
+        have scale NaN, so that whatever is made of them is NaN, and any codes.
     """
     first = next(part for part in parts if part is not None)
     if dtype == torch.int8 and first.shape[0] and compiled.usable(*parts, *factors):

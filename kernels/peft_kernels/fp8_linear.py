@@ -31,8 +31,8 @@ def fp8_product(left: Tensor, right: Tensor) -> Tensor:
     """left·right in float32.
 
     Args:
-        left: (M, K), right: (K, N) by columns, both float8_e4m3fn on CUDA. Sizes that are no multiple of 16 are filled up
-            with zeros inside.
+        left: (M, K), right: (K, N) by columns, both float8_e4m3fn on CUDA. Sizes that are no multiple of 16 are
+            filled up with zeros inside.
 
     Returns:
         (M, N) float32.

@@ -34,8 +34,8 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """left·right in int32, exactly.
 
     Args:
-        left: (M, K) int8; right: (K, N) int8, of any layout. Sizes that CUDA's products don't take (M below 17, K or N no
-            multiple of 8) are filled up with zeros inside.
+        left: (M, K) int8; right: (K, N) int8, of any layout. Sizes that CUDA's products don't take (M below 17, K
+            or N no multiple of 8) are filled up with zeros inside.
 
     Returns:
         (M, N) int32.
