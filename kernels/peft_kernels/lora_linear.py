@@ -10,8 +10,8 @@ Shapes: M tokens, K in, N out, r rank. Saved for backward: x (or, where x is the
 that one saved anyway), every S, and the seeds of the masks. Nothing else of size M×K or M×N.
 
 The frozen GEMM is cuBLAS or oneDNN; s·S·Bᵀ is added into its output. On CUDA the low-rank products and masks are
-Triton kernels (`_lora_ops`). With a `FrozenWeight` in W's place it runs on the units of that format (`_frozen_products`):
-x is rounded once for all that read it; S and dA see x as it is.
+Triton kernels (`_lora_ops`). With a `FrozenWeight` in W's place it runs on the units of that format
+(`_frozen_products`): x is rounded once for all that read it; S and dA see x as it is.
 """
 
 from collections.abc import Sequence
@@ -69,8 +69,8 @@ class Projection:
 
 
 def lora_linear_reference(x: Tensor, projection: Projection, masks: Sequence[Tensor] = ()) -> Tensor:
-    """The definition, without rounding x for a FrozenWeight. `masks`: one per adapter, x's shape, 0 or 1/keep_rate; none
-    without dropout."""
+    """The definition; for a FrozenWeight without rounding x. `masks`: one per adapter, x's shape, 0 or 1/keep_rate;
+    none without dropout."""
     held = projection.weight
     weight = held.dequantised().to(x.dtype) if isinstance(held, FrozenWeight) else held
     y = torch.nn.functional.linear(x, weight.t() if projection.transposed else weight, projection.bias)
@@ -83,7 +83,7 @@ def lora_linear_reference(x: Tensor, projection: Projection, masks: Sequence[Ten
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        needs, seeds, cast = ctx.needs_input_grad[2:], tensors[0], plan.cast
+        needs, cast = ctx.needs_input_grad[2:], plan.cast
         flat = cast(x.reshape(-1, x.shape[-1]))
         sketches: list[Tensor | None] = []
         updates: list[list[tuple[Update, Tensor | None]]] = [[] for _ in plan.frozen]
@@ -293,9 +293,7 @@ def lora_linear(
 def _check(x: Tensor, one: Projection, seeds: Tensor | None) -> None:
     out, features = one.weight.shape[::-1] if one.transposed else one.weight.shape
     if one.transposed and isinstance(one.weight, FrozenWeight):
-        raise ValueError(
-            "lora_linear: a FrozenWeight is (N, K); freeze(…, transposed=True) turns it, Projection doesn't."
-        )
+        raise ValueError("lora_linear: a FrozenWeight is (N, K) always: turn it with freeze(…, transposed=True).")
     if isinstance(one.weight, FrozenWeight) and not x.is_floating_point():
         raise ValueError(f"lora_linear: x must be floating point, got {x.dtype}.")
     if x.shape[-1] != features:
