@@ -12,7 +12,7 @@ Two levers against input channels that are much larger than the others, folded i
 Shapes: W (N, K), N out, K in; scale (N,), smooth (K,), columns (C,), column_weight (N, C).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -81,16 +81,21 @@ class FrozenWeight:
     def requires_grad(self) -> bool:
         return False
 
-    def dequantised(self) -> Tensor:
-        """(N, K) float32: the weight that the layer computes with. What rounding took is gone."""
-        weight = self.codes.to(torch.float32)
+    def dequantised(self, first: int = 0, last: int | None = None) -> Tensor:
+        """(N, K) float32, or the rows first … last-1 of it: the weight that the layer computes with."""
+        weight = self.codes[first:last].to(torch.float32)
         if self.scale is not None:
-            weight *= self.scale.unsqueeze(1)
+            weight *= self.scale[first:last].unsqueeze(1)
         if self.smooth is not None:
             weight /= self.smooth
         if self.columns is not None and self.column_weight is not None:
-            weight[:, self.columns] = self.column_weight.to(torch.float32)
+            weight[:, self.columns] = self.column_weight[first:last].to(torch.float32)
         return weight
+
+    def pieces(self, rows: int) -> Iterator[Tensor]:
+        """`dequantised`, so many rows at a time."""
+        for first in range(0, self.shape[0], rows):
+            yield self.dequantised(first, first + rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it holds beside its codes, by name."""
