@@ -32,10 +32,10 @@ def evaluate_split(model: nn.Module, task: Task, data: EncodedSet, batch_size: i
     def update(logits: torch.Tensor, batch: Batch, rows: np.ndarray) -> None:
         meter.update(logits, batch)
 
-    _visit(model, task, data, batch_size, runtime, update, own)
+    visit_rows(model, task, data, batch_size, runtime, update, own)
     if runtime.sharded:  # all processes go through the blocks equally often
         for _ in range(math.ceil(len(first) / batch_size) - math.ceil(len(own) / batch_size)):
-            _visit(model, task, data, batch_size, runtime, lambda *_: None, order[:1])
+            visit_rows(model, task, data, batch_size, runtime, lambda *_: None, order[:1])
     return join(meter, task.meter()).compute()
 
 
@@ -71,7 +71,7 @@ def predict_rows(
         for row, one in zip(rows, task.predictions(logits, batch), strict=True):
             found[int(row)] = one
 
-    _visit(model, task, data, batch_size, runtime, note, np.argsort(-data.lengths, kind="stable"))
+    visit_rows(model, task, data, batch_size, runtime, note, np.argsort(-data.lengths, kind="stable"))
     return found
 
 
@@ -92,7 +92,7 @@ def evaluate_items(model: nn.Module, task: Task, data: EncodedSet, batch_size: i
         for row, one in zip(rows, outcomes(task, logits, batch, data, rows), strict=True):
             found[int(row)] = one
 
-    _visit(model, task, data, batch_size, runtime, note, np.argsort(-data.lengths, kind="stable"))
+    visit_rows(model, task, data, batch_size, runtime, note, np.argsort(-data.lengths, kind="stable"))
     by_row: dict[int, dict[str, Any]] = {}
     for source, one in zip(data.rows.tolist(), found, strict=True):
         seen = by_row.get(source)
@@ -106,7 +106,7 @@ def _sum(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first + second
 
 
-def _visit(
+def visit_rows(
     model: nn.Module,
     task: Task,
     data: EncodedSet,

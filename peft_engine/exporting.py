@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .backbone import embeddings_of
 from .config import Config
 from .config_methods import BOTTLENECK, PROMPTS
 from .data.labels import Labels
+from .drift import Drift, judge_batches
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
 from .model_card import write_card, write_merged_card
@@ -35,21 +35,6 @@ IN_ENGINE = (
     "Other libraries can't load such a run: use it through peft-engine (evaluate, predict, generate on the run's "
     "folder), or train lora."
 )
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the reloaded model is from the trained one, on the same input.
-
-    Attributes:
-        relative: largest |difference| of logits over largest |logit|.
-        kl: mean KL(trained ‖ reloaded) in nats (classes or next tokens; 0 for regression).
-        top1_agreement: share of positions with the same best class or token.
-    """
-
-    relative: float
-    kl: float
-    top1_agreement: float
 
 
 def save_trained(
@@ -187,18 +172,11 @@ def _logits(model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Batch]
 def _judge(trained: Tensor, found: Tensor, group: Group, what: str) -> Drift:
     """Compare logits; positions that are padding in both are left in, they must agree too."""
     bound = BOUNDS.get(group.backbone.model.dtype, max(BOUNDS.values()))
-    trained, found = trained.float(), found.float()
-    relative = float((trained - found).abs().max() / trained.abs().max().clamp_min(1e-12))
-    log_p, log_q = trained.log_softmax(-1), found.log_softmax(-1)
-    drift = Drift(
-        relative,
-        float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-        float((trained.argmax(-1) == found.argmax(-1)).float().mean()),
-    )
-    if not relative <= bound:
+    drift = judge_batches(trained, found)
+    if not drift.relative <= bound:
         raise VerificationError(
-            f"{what} gives other logits than the trained one: largest difference {relative:.2e} of the largest logit, "
-            f"bound {bound:.0e}; KL {drift.kl:.2e}, top-1 agreement {drift.top1_agreement:.1%}.",
+            f"{what} gives other logits than the trained one: largest difference {drift.relative:.2e} of the largest "
+            f"logit, bound {bound:.0e}; KL {drift.kl:.2e}, top-1 agreement {drift.top1_agreement:.1%}.",
             "Do not use it; report this with the config.",
         )
     return drift

@@ -165,8 +165,13 @@ REMOVALS = (
     R("11", "training/checkpoint.py", "digest_file(path) != digest", "False", "altered_files_are_refused"),
     R("11", "training/checkpoint.py", "manifest = verify_files(checkpoint)", "manifest = _read_manifest(checkpoint)",
       "altered_files_are_refused missing_files_are_refused"),
+    # 12
+    R("12", "drift.py", "if not all(_within(name, values[name], bound) for name, bound in self.bounds.items()):",
+      "if False:", "a_merge_that_drifts_is_refused"),
+    R("12", "using.py", "        apart.refuse()\n", "", "a_merge_that_drifts_is_refused"),
+    R("12", "using.py", "MAX_KL if max_kl is None else max_kl", "MAX_KL", "the_bound_is_the_users"),
     # 13
-    R("13", "exporting.py", "if not relative <= bound:", "if False:",
+    R("13", "exporting.py", "if not drift.relative <= bound:", "if False:",
       "a_merge_that_is_not_what_was_trained_is_refused"),
     R("13", "exporting.py", "layer.weight = nn.Parameter(layer.weight.detach().clone())", "pass",
       "tied_embeddings_survive_the_merge"),

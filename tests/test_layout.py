@@ -35,6 +35,7 @@ ORDER = (
     "tasks",
     "training",
     "evaluation",
+    "drift",
     "model_card",
     "exporting",
     "run_directory",

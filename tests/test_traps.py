@@ -660,6 +660,51 @@ def test_trap_11_the_adapter_is_restored(tampered, finished):
         assert torch.equal(trained(of)[name], tensor)
 
 
+# 12 — drift of a merge
+
+
+@pytest.fixture
+def wobbly(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Config]:
+    """noise → a finished run whose merge moves every matrix by so much, and whose reload is not looked at."""
+
+    def make(noise: float) -> Config:
+        of = settings(LM, tiny_model("llama"), tmp_path, pair_rows(30), data={"split": {"eval": 0.0, "test": 0.4}})
+        train(of)
+        merge = exporting._merge
+
+        def moved(model: Any) -> Any:
+            merged = merge(model)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for weight in merged.parameters():
+                    weight.add_(torch.randn_like(weight), alpha=noise)
+            return merged
+
+        monkeypatch.setattr(exporting, "_merge", moved)
+        monkeypatch.setattr(exporting, "BOUNDS", {torch.float32: 1e9})
+        return of
+
+    return make
+
+
+def test_trap_12_a_merge_that_drifts_is_refused(wobbly):
+    of = wobbly(0.1)
+    with pytest.raises(VerificationError, match=r"not what was trained: KL .* on 12 test rows") as caught:
+        export(of.output, merged=True)
+    assert caught.value.exit_code == 7
+    assert not [path.name for path in Path(of.output).iterdir() if "merged" in path.name]
+
+
+def test_trap_12_the_bound_is_the_users(wobbly):
+    of = wobbly(1e-3)
+    with pytest.raises(VerificationError, match="bound 1e-09"):
+        export(of.output, merged=True, max_kl=1e-9)
+    folder, drift = export(of.output, merged=True)
+    kept = json.loads((folder / "merge.json").read_text())["held_out"]
+    assert 1e-9 < drift.held_out.kl == kept["kl"] < 0.05
+    assert kept["bounds"] == {"kl": 0.05, "top1_agreement": 0.9}
+
+
 # 13 — tied embeddings
 
 

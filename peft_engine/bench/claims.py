@@ -11,6 +11,8 @@ GAIN, STEP, MEMORY = 0.95, 0.75, 0.4
 def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per plain LoRA of the suite three lines: gain kept ≥ 0.95, step time ≤ 0.75, peak memory ≤ 0.4 of the reference.
 
+    None where the reference is not full fine-tuning: that is what the claim is about.
+
     Args:
         rows: the table's rows.
 
@@ -18,9 +20,12 @@ def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         method, claim, limit, value, low, high, verdict, cells: [{cell, value}] that miss by themselves. Verdicts:
         `met`; `met on average` (the interval, or a seed, reaches past the limit); `missed`; `unknown` with `why`.
     """
+    settings = {row["name"]: row["run_info"]["config"] or {} for row in rows}
+    if (settings.get(found.reference, {}).get("adapter") or {}).get("method", "full") != "full":
+        return []
     lines = []
     for row in rows:
-        if row["name"] == found.reference or not _plain_lora(row["run_info"]["config"] or {}):
+        if row["name"] == found.reference or not _plain_lora(settings[row["name"]]):
             continue
         lines.append(_gain(found, row))
         lines.append(_share(found, row, "step_seconds", "step time", STEP))
@@ -29,10 +34,11 @@ def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _plain_lora(config: dict[str, Any]) -> bool:
-    """LoRA itself, none of its variants, and its kernels not switched off."""
+    """LoRA itself, none of its variants, its kernels not switched off, nothing frozen rounded."""
     adapter = config.get("adapter") or {}
     varied = adapter.get("rslora") or adapter.get("dora") or adapter.get("init", "default") not in ("default", True)
     varied = varied or adapter.get("lora_plus_ratio") or (adapter.get("options") or {})
+    varied = varied or (config.get("model") or {}).get("frozen_compute", "full") != "full"
     return adapter.get("method") == "lora" and not varied and config.get("kernels", "auto") != "off"
 
 

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..data.encoding import EncodedSet
@@ -78,6 +79,23 @@ def outcomes(task: Task, logits: Tensor, batch: Batch, data: EncodedSet, rows: n
         for one, value in zip(found, values, strict=True):
             one[name] = value
     return found
+
+
+def judged(task: Task, logits: Tensor, batch: Batch) -> Tensor:
+    """Logits of the places that a batch is judged by, (places, classes): supervised tokens, tagged words, rows. Each of
+    several labels of a row is a place with two classes; numbers have one."""
+    kind = item_kind(task)
+    if kind == "tokens":
+        wanted = batch["labels"]
+        if isinstance(task, CausalLM):  # position t predicts token t+1
+            logits, wanted = logits[:, :-1], wanted[:, 1:]
+        return logits[wanted != IGNORED]
+    if kind == "tags":
+        return logits[batch["tag"] != NOT_LEARNED]
+    labels: Any = task.labels  # type: ignore[attr-defined]
+    if labels.kind == "multi":
+        return torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1)
+    return logits
 
 
 def _one(batch: Batch, i: int, rows: int) -> Batch:

@@ -126,7 +126,9 @@ class MultipleChoice:
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, most choices); -inf where a row has fewer."""
-        scores = self._scores(model, batch)
+        return self._by_row(self._scores(model, batch), batch)
+
+    def _by_row(self, scores: Tensor, batch: Batch) -> Tensor:
         if "slots" not in batch:  # the probe: readings of no row
             return scores.unsqueeze(-1)
         slots = batch["slots"]
@@ -170,7 +172,8 @@ class MultipleChoice:
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if pooling_of(self.config.model) != "mean":
             return self.forward(model, batch)
-        return plain_mean_logits(model, batch)
+        inputs = {name: tensor for name, tensor in batch.items() if name not in OWN}
+        return self._by_row(plain_mean_logits(model, inputs).squeeze(-1), batch)
 
     def as_plain(self, model: nn.Module) -> None:
         without_mean_pooling(model)

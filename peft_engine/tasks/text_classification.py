@@ -126,7 +126,7 @@ class TextClassification:
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:
         if pooling_of(self.config.model) != "mean":
             return self.forward(model, batch)
-        return plain_mean_logits(model, batch)
+        return plain_mean_logits(model, {n: tensor for n, tensor in batch.items() if n not in (LABEL, WEIGHT)})
 
     def as_plain(self, model: nn.Module) -> None:
         without_mean_pooling(model)

@@ -181,15 +181,26 @@ def test_claims_are_met_on_average_or_missed(tmp_path):
 def test_variants_and_unfused_lora_are_not_the_claim(tmp_path):
     write_suite(tmp_path, ["full"], [0])
     write(tmp_path, record("full", 0, class_items(0.9, 0)))
-    for name, change in (("dora", {"dora": True}), ("plain", {})):
+    lora = {"method": "lora"}
+    for name, settings in {
+        "dora": {"adapter": lora | {"dora": True}},
+        "plain": {"adapter": lora, "kernels": "off"},
+        "rounded": {"adapter": lora, "model": {"frozen_compute": "int8"}},
+    }.items():
         one = record(name, 0, class_items(0.9, 0))
-        one["run_info"]["config"] = {
-            "adapter": {"method": "lora", **change},
-            "kernels": "off" if not change else "auto",
-        }
+        one["run_info"]["config"] = {"kernels": "auto"} | settings
         write(tmp_path, one | {"sha256": made_records.digest(one)})
     assert write_report(tmp_path)["claims"] == []
     assert "its claim is not measured here" in (tmp_path / "report.html").read_text()
+
+
+def test_against_another_reference_there_is_no_claim(tmp_path):
+    write_suite(tmp_path, ["lora", "other"], [0], reference="lora")
+    for name in ("lora", "other"):
+        write(tmp_path, record(name, 0, class_items(0.9, 0), adapter="lora"))
+    found = write_report(tmp_path)
+    assert found["claims"] == []
+    assert row_of(found, "other")["train_info"]["difference"]["accuracy"] is not None
 
 
 def test_a_damaged_record_is_named_and_in_no_number(copied, found):
