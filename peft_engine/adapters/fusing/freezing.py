@@ -5,7 +5,7 @@ apply     layer by layer puts codes in the place of weights; never are there two
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,11 @@ from peft_kernels._frozen_units import Format
 from peft_kernels._launch import Backend
 from peft_kernels.frozen_weight import freeze, freeze_siblings
 
+from ...backbone import embeddings_of
 from ...errors import ConfigError, Diverged
-from .formats import FrozenCompute, decide_format
+from .formats import FrozenCompute, decide_format, refuse_missing
 from .frozen_linear import FrozenForward, put
+from .frozen_record import BOUND, FrozenRecord
 from .linears import why_not
 from .modules import subclass
 from .outliers import Lever, Outliers, choose, collect
@@ -35,38 +37,11 @@ SMALLEST = 16
 """Linears with fewer inputs or outputs stay as they are: nothing is gained on them."""
 MEASURED_ROWS = 1024
 """Rows of a layer's input that its error is measured on, evenly spaced over the batch."""
-BOUND = 0.05
-
-
-@dataclass
-class FrozenRecord:
-    """What was decided about a model's frozen linears; enough to do it again without a calibration batch.
-
-    Attributes:
-        format: None where all stay in full precision.
-        why: how the format was chosen.
-        lever, bound: of the outliers, and of the error.
-        frozen: names of the linears in that format, below peft's wrappers.
-        kept_full: name → why it is not.
-        errors: name → ‖y_format − y‖ / ‖y‖ on the calibration batch.
-        outliers: name → what its layer does about outliers, for those that do anything.
-        rows: how many rows of the layers' inputs that was measured on; 0 for random numbers.
-    """
-
-    format: Format | None
-    why: str
-    lever: Lever = "none"
-    bound: float = BOUND
-    frozen: list[str] = field(default_factory=list)
-    kept_full: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    outliers: dict[str, Outliers] = field(default_factory=dict)
-    rows: int = 0
 
 
 @dataclass(frozen=True)
 class Place:
-    """A linear that may be frozen: by its plain name, the module, its full name, and its parent's."""
+    """A linear that may be frozen; `name` is that below peft's wrappers."""
 
     name: str
     full_name: str
@@ -89,6 +64,7 @@ def decide(
     *,
     lever: Lever = "none",
     bound: float = BOUND,
+    head: bool = False,
     dtype: torch.dtype | None = None,
     calibrate: Callable[[], object] | None = None,
 ) -> FrozenRecord:
@@ -97,6 +73,7 @@ def decide(
     Args:
         lever: against outlying input channels, int8 and fp8.
         bound: linears whose error is larger stay in full precision.
+        head: whether the loss is to read the output head in int8.
         dtype: that training computes in; the weights' by default.
         calibrate: runs the model on some of the data that it will be trained on. None measures on random numbers, and
             allows no lever.
@@ -112,7 +89,7 @@ def decide(
     commonest = max(sorted(set(shapes)), key=lambda shape: (shapes.count(shape) * shape[0] * shape[1], shape))
     device, own = places[0].weight.device, places[0].weight.dtype
     format, why = decide_format(asked, device, cast(tuple[int, int], commonest), dtype or own)
-    record = FrozenRecord(format, why, lever, bound, kept_full=kept)
+    record = FrozenRecord(format, why, lever, bound, head, kept_full=kept)
     if format is None:
         return record
     if lever != "none" and (format == "bf16" or calibrate is None):
@@ -140,15 +117,22 @@ def decide(
             record.kept_full[place.name] = f"its error in {format} is {error:.3f}, above the bound of {bound:g}"
         else:
             record.frozen.append(place.name)
-    record.outliers = {name: one for name, one in record.outliers.items() if name in record.frozen}
+    record.outliers = {name: _on_cpu(one) for name, one in record.outliers.items() if name in record.frozen}
     return record
+
+
+def _on_cpu(one: Outliers) -> Outliers:
+    """The record goes to other processes and into a file."""
+    return Outliers(*(None if t is None else t.cpu() for t in (one.smooth, one.columns)))
 
 
 def find_places(model: nn.Module) -> tuple[list[Place], dict[str, str]]:
     """Linears that may be frozen, in the model's order, and name → reason for those that may not."""
     kept: dict[str, str] = {}
     below = _owners(model)
-    heads = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, PreTrainedModel)}
+    heads = [
+        end for m in model.modules() if isinstance(m, PreTrainedModel) and (end := embeddings_of(m)[1]) is not None
+    ]
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -162,7 +146,7 @@ def find_places(model: nn.Module) -> tuple[list[Place], dict[str, str]]:
         if owner is None and id(module) in below:
             continue  # an adapter's own A or B
         name = plain_name(full_name)
-        reason = _refusal(module, owner, id(module) in heads or id(owner) in heads, users)
+        reason = _refusal(module, owner, any(end is module or end is owner for end in heads), users)
         if reason:
             kept[name] = reason
         else:
@@ -180,14 +164,13 @@ def _owners(model: nn.Module) -> dict[int, nn.Module | None]:
     found: dict[int, nn.Module | None] = {}
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper):
-            own = cast(nn.Module, layer)
-            copies = {id(m) for m in own.modules_to_save.modules()} if isinstance(own, ModulesToSaveWrapper) else set()
-            base = own.original_module if isinstance(own, ModulesToSaveWrapper) else own.get_base_layer()
+            own, copied = cast(nn.Module, layer), isinstance(layer, ModulesToSaveWrapper)
+            base = None if copied else cast(Any, layer).get_base_layer()
             for inner in own.modules():
-                if inner is base:
+                if copied or inner is base:
                     found[id(inner)] = own
-                elif inner is not own and id(inner) not in copies and not isinstance(inner, BaseTunerLayer):
-                    found.setdefault(id(inner), own if isinstance(own, ModulesToSaveWrapper) else None)
+                elif inner is not own and not isinstance(inner, BaseTunerLayer):
+                    found.setdefault(id(inner), None)
     return found
 
 
@@ -298,7 +281,8 @@ def apply(model: nn.Module, record: FrozenRecord, backend: Backend, rows: RowSee
             "Use the model and the adapter settings of the run.",
         )
     wanted = {name: places[name] for name in record.frozen}
-    refuse_units(record.format, next(iter(wanted.values()), None))
+    for place in list(wanted.values())[:1]:
+        refuse_missing(record.format, place.weight.device)
     for group in _together(model, wanted, record):
         one = record.outliers.get(group[0].name, Outliers())
         with torch.no_grad():
@@ -311,13 +295,6 @@ def apply(model: nn.Module, record: FrozenRecord, backend: Backend, rows: RowSee
             swap(module, subclass(cls, FrozenForward), state)
             put(module, weight)
     return dict.fromkeys(record.frozen, record.format)
-
-
-def refuse_units(format: Format, place: Place | None) -> None:
-    from .formats import refuse_missing
-
-    if place is not None:
-        refuse_missing(format, place.weight.device)
 
 
 def _together(model: nn.Module, wanted: dict[str, Place], record: FrozenRecord) -> Iterator[list[Place]]:

@@ -15,7 +15,7 @@ from peft_kernels.lora_linear import Adapter, Projection, lora_linear
 
 from .frozen_linear import frozen_of, refuse_numbers, weight_of
 from .sharing import group_of
-from .state import ATTRIBUTE, hooked, state_of
+from .state import ATTRIBUTE, hooked, original_class, state_of
 
 
 class FusedLoraLinear(PeftLinear):
@@ -165,7 +165,7 @@ def why_not(module: nn.Module) -> str | None:
     if type(module) is not PeftLinear:
         return f"peft's {type(module).__name__} has no fused form"
     base: Any = module.get_base_layer()
-    if type(base) not in (nn.Linear, Conv1D):
+    if original_class(base) not in (nn.Linear, Conv1D):
         return f"its base layer is a {type(base).__name__}"
     if base.weight.requires_grad:
         return "its base weight trains"
