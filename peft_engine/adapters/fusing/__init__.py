@@ -63,6 +63,37 @@ class FuseReport:
             found[op] = found.get(op, 0) + 1
         return found
 
+    def told(self) -> str:
+        """In one line: the format of the frozen linears, how it was chosen, and how many stayed in full precision."""
+        record = self.record
+        if record is None:
+            return "full: asked for"
+        if record.format is None:
+            return record.why
+        kept = sum(name in record.errors for name in record.kept_full)
+        unseen = sum("does not reach" in reason for reason in record.kept_full.values())
+        worst = max((record.errors[name] for name in record.frozen), default=0.0)
+        seen = f"on {record.rows} rows" if record.rows else "on random numbers"
+        parts = [f"{record.why}; {len(record.frozen)} linears, the largest error {worst:.4f} {seen}"]
+        parts += [f"{kept} above the bound of {record.bound:g} stay in full precision"] if kept else []
+        parts += [f"{unseen} are not reached by the calibration batch and stay so too"] if unseen else []
+        parts += [f"outliers: {record.lever}"] if record.lever != "none" else []
+        parts += ["the loss reads the head in int8"] if record.head else []
+        return "; ".join([*parts, f"passes: {self.passes}"])
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        found: dict[str, Any] = {"backend": self.backend, "swapped": self.counts(), "skipped": self.skipped}
+        if self.record is None:
+            return found
+        formats = sorted(set(self.frozen.values()))
+        return found | {
+            "frozen": {one: list(self.frozen.values()).count(one) for one in formats},
+            "kept_full": self.kept_full,
+            "frozen_errors": self.record.errors,
+            "passes": self.passes,
+        }
+
 
 def fuse(
     model: nn.Module,
