@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+PREFERENCE = ("dpo", "orpo", "kto", "reward")
+
 
 def frozen_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(setting of `model`, what is wrong with it).
@@ -17,6 +19,8 @@ def frozen_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if model.get(name) not in (None, "none", "full"):
                 yield name, "has no effect with model.frozen_compute full; set that to int8 or auto, or remove this"
         return
+    if values.get("task") in PREFERENCE:
+        yield "frozen_compute", f"got {compute}; task {values['task']} trains in the loop of TRL, with full only"
     if method == "full":
         yield "frozen_compute", f"got {compute}, and adapter.method full freezes nothing; write full, or train lora"
     if values.get("kernels") == "off":

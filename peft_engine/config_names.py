@@ -192,7 +192,7 @@ ADVICE = {
     "micro_batch_size how many are in memory at once; accumulation follows from the two",
     "max_kwh": "not in this version; budget has max_usd and max_hours",
     "load_in_4bit": "not in this version; model.quantization has none only",
-    "load_in_8bit": "not in this version; model.frozen_compute: int8 keeps frozen weights in a byte and multiplies them so",
+    "load_in_8bit": "not in this version; model.frozen_compute: int8 keeps frozen weights in one byte each",
     "bnb_4bit_quant_type": "not in this version; model.quantization has none only",
     "push_to_hub": "not in this version; the adapter folder of the run can be uploaded as it is",
     "hf_token": "secrets never stand in a configuration; set HF_TOKEN in the environment",
