@@ -4,6 +4,7 @@ Codes are int8 or float8_e4m3fn, 2-D; weights are (N, K), contiguous or the tran
 `frozen_weight` for the math.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -33,6 +34,19 @@ def quantise_rows(x: Tensor, factor: Tensor | None, codes: torch.dtype) -> tuple
 @quantise_rows.register_fake
 def _(x: Tensor, factor: Tensor | None, codes: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=codes), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("peft_kernels::frozen_quantise_parts", mutates_args=())
+def quantise_parts(parts: Sequence[Tensor], factor: Tensor | None, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`quantise_rows` of parts (M, K_i) laid end to end, (M, Σ K_i), without laying them anywhere first."""
+    found: tuple[Tensor, Tensor] = _launchers(codes).launch_quantise_parts(parts, factor)
+    return found
+
+
+@quantise_parts.register_fake
+def _(parts: Sequence[Tensor], factor: Tensor | None, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    first, width = parts[0], sum(part.shape[1] for part in parts)
+    return first.new_empty(first.shape[0], width, dtype=codes), first.new_empty(first.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("peft_kernels::frozen_product", mutates_args=())

@@ -162,6 +162,24 @@ def test_long_rows_give_the_same_bits_as_one_block(codes, factored, monkeypatch)
     torch.testing.assert_close(pieces[1], whole[1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("widths", [(7,), (16, 33), (48, 5, 100), (3, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize("whole", [True, False], ids=["one block", "loop"])
+def test_parts_have_the_codes_of_their_concatenation(widths, whole, codes, monkeypatch):
+    if not whole:
+        loop = {"WHOLE": False, "ROWS": 2, "COLUMNS": 64, "num_warps": 1}
+        monkeypatch.setattr(_quantise, "quantise_tile", lambda features: loop)
+    torch.manual_seed(0)
+    parts = [guarded(torch.randn(5, width, device=DEVICE).to(torch.bfloat16)) for width in widths]
+    parts[-1][3] = -0.0
+    factor = guarded(torch.rand(sum(widths), device=DEVICE))
+    launch = int8_gemm.launch_quantise_parts if codes == torch.int8 else fp8_gemm.launch_quantise_parts
+    got, scale = launch(parts, factor)
+    wanted, wanted_scale = quantised(torch.cat(parts, 1), factor, codes)
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(got.view(torch.int8), wanted.view(torch.int8))
+
+
 @pytest.mark.parametrize(("features", "whole"), [(1, True), (4096, True), (28672, True), (32769, False)])
 def test_the_widest_mlp_is_read_once(features, whole):
     tile = _quantise.quantise_tile(features)
@@ -441,6 +459,9 @@ def test_registered_ops_are_the_launchers(codes):
     given = (wide.T.contiguous().T, None, codes)  # strided as a view may be
     for ours, other in zip(_frozen_ops.quantise_rows(*given), LAUNCH[codes](wide), strict=True):
         assert torch.equal(ours.float(), other.float())
+    parts = [wide[:, :40], wide[:, 40:]]
+    for ours, other in zip(_frozen_ops.quantise_parts(parts, None, codes), LAUNCH[codes](wide), strict=True):
+        assert torch.equal(ours.float(), other.float())
     given = (q.x, q.x_scale, q.W, q.w_scale, q.bias, q.S, q.B, SCALE, torch.bfloat16)
     assert torch.equal(_frozen_ops.product(*given), launch_product(*given))
     given = (q.dY, q.dy_scale, q.W, q.factor, q.dS, q.A, torch.bfloat16, q.p, q.seeds, SALT)
@@ -459,8 +480,10 @@ def test_fake_tensors_see_shapes_and_dtypes(codes):
         A, B, seeds = torch.empty(r, K), torch.empty(N, r), torch.empty(8, dtype=torch.int64)
         found, row_scale = _frozen_ops.quantise_rows(x, None, codes)
         y = _frozen_ops.product(found, row_scale, W, scale, bias, low, B, 2.0, torch.bfloat16)
+        both, _ = _frozen_ops.quantise_parts([y, y], None, codes)
         grads, grad_scale = _frozen_ops.quantise_rows(y, scale, codes)
         dx = _frozen_ops.product_back(grads, grad_scale, W, None, low, A, torch.bfloat16, 0.05, seeds, 7)
-    assert [(tuple(t.shape), t.dtype) for t in (found, row_scale, y, dx)] == [
-        ((M, K), codes), ((M,), torch.float32), ((M, N), torch.bfloat16), ((M, K), torch.bfloat16),
+    assert [(tuple(t.shape), t.dtype) for t in (found, row_scale, both, y, dx)] == [
+        ((M, K), codes), ((M,), torch.float32), ((M, 2 * N), codes), ((M, N), torch.bfloat16),
+        ((M, K), torch.bfloat16),
     ]  # fmt: skip

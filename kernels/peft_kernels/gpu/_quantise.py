@@ -8,7 +8,7 @@ In this order and without fused multiply-adds, so that the bits are those of the
 """
 
 # mypy: allow-untyped-defs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,23 @@ def quantise_tile(features: int) -> dict[str, Any]:
 
 
 @triton.jit
-def _factored(x_ptr, factor_ptr, rows, columns, live, K, FACTOR: tl.constexpr):
-    x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=live[:, None] & (columns < K)[None, :], other=0.0)
-    x = x.to(tl.float32)
+def _part(x_ptr, rows, columns, live, K):
+    inside = live[:, None] & ((columns >= 0) & (columns < K))[None, :]
+    return tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _factored(
+    x_ptr, y_ptr, z_ptr, factor_ptr, rows, columns, live, KX, KY, KZ, PARTS: tl.constexpr, FACTOR: tl.constexpr
+):
+    """A block of the parts' rows laid end to end, times factor, in fp32."""
+    x = _part(x_ptr, rows, columns, live, KX)
+    if PARTS > 1:
+        x = tl.where((columns < KX)[None, :], x, _part(y_ptr, rows, columns - KX, live, KY))
+    if PARTS > 2:
+        x = tl.where((columns < KX + KY)[None, :], x, _part(z_ptr, rows, columns - (KX + KY), live, KZ))
     if FACTOR:
-        x *= tl.load(factor_ptr + columns, mask=columns < K, other=0.0)[None, :]
+        x *= tl.load(factor_ptr + columns, mask=columns < KX + KY + KZ, other=0.0)[None, :]
     return x
 
 
@@ -72,14 +84,19 @@ def _code(v, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _quantise_kernel(
-    x_ptr,  # (M, K)
-    factor_ptr,  # (K,) fp32
+    x_ptr,  # (M, KX)
+    y_ptr,  # (M, KY), read if PARTS > 1
+    z_ptr,  # (M, KZ), read if PARTS > 2
+    factor_ptr,  # (K,) fp32, K = KX + KY + KZ
     codes_ptr,  # (M, K)
     row_scale_ptr,  # (M,) fp32
     M,
-    K,
+    KX,
+    KY,
+    KZ,
     LARGEST: tl.constexpr,
     INTEGER: tl.constexpr,
+    PARTS: tl.constexpr,
     FACTOR: tl.constexpr,
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -89,16 +106,19 @@ def _quantise_kernel(
     first = tl.program_id(0) * ROWS
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     live = rows < M - first
-    x_ptr += first.to(tl.int64) * K
+    K = KX + KY + KZ
+    x_ptr += first.to(tl.int64) * KX
+    y_ptr += first.to(tl.int64) * KY
+    z_ptr += first.to(tl.int64) * KZ
     codes_ptr += first.to(tl.int64) * K
     row_scale_ptr += first
     if WHOLE:
-        x = _factored(x_ptr, factor_ptr, rows, columns, live, K, FACTOR)
+        x = _factored(x_ptr, y_ptr, z_ptr, factor_ptr, rows, columns, live, KX, KY, KZ, PARTS, FACTOR)
         most = tl.max(_magnitude(x), axis=1)
     else:
         magnitudes = tl.zeros((ROWS, COLUMNS), tl.int32)
         for start in range(0, K, COLUMNS):
-            x = _factored(x_ptr, factor_ptr, rows, start + columns, live, K, FACTOR)
+            x = _factored(x_ptr, y_ptr, z_ptr, factor_ptr, rows, start + columns, live, KX, KY, KZ, PARTS, FACTOR)
             magnitudes = tl.maximum(magnitudes, _magnitude(x))
         most = tl.max(magnitudes, axis=1)
     most = most.to(tl.float32, bitcast=True)
@@ -112,26 +132,35 @@ def _quantise_kernel(
         tl.store(codes_ptr + rows[:, None] * K + columns[None, :], _code(x * inverse, INTEGER, INTERPRET), mask=inside)
     else:
         for start in range(0, K, COLUMNS):
-            x = _factored(x_ptr, factor_ptr, rows, start + columns, live, K, FACTOR)
+            x = _factored(x_ptr, y_ptr, z_ptr, factor_ptr, rows, start + columns, live, KX, KY, KZ, PARTS, FACTOR)
             inside = live[:, None] & (start + columns < K)[None, :]
             places = codes_ptr + rows[:, None] * K + start + columns[None, :]
             tl.store(places, _code(x * inverse, INTEGER, INTERPRET), mask=inside)
 
 
-def quantise_rows(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (M, K) contiguous, factor (K,) fp32 → codes (M, K) of `dtype` and their scales (M,) fp32."""
-    M, K = x.shape
-    codes = torch.empty(M, K, dtype=dtype, device=x.device)
-    row_scale = torch.empty(M, dtype=torch.float32, device=x.device)
+def quantise_parts(parts: Sequence[Tensor], factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes (M, K) of `dtype` of parts (M, K_i), laid end to end, and their scales (M,) fp32; factor (K,) fp32.
+
+    Up to three parts are read where they lie; more are copied together first.
+    """
+    if len(parts) > 3:
+        parts = [torch.cat(list(parts), 1)]
+    parts = [part.contiguous() for part in parts]
+    M, widths = parts[0].shape[0], [part.shape[1] for part in parts]
+    K, first = sum(widths), parts[0]
+    codes = torch.empty(M, K, dtype=dtype, device=first.device)
+    row_scale = torch.empty(M, dtype=torch.float32, device=first.device)
     if not K:
         row_scale.fill_(1)
     if not M * K:
         return codes, row_scale
     constants = quantise_tile(K)
+    x, y, z = [*parts, first, first][:3]
+    KX, KY, KZ = [*widths, 0, 0][:3]
     _quantise_kernel[(triton.cdiv(M, constants["ROWS"]),)](
-        x, x if factor is None else factor, codes, row_scale, M=M, K=K, LARGEST=LARGEST[dtype],
-        INTEGER=dtype == torch.int8, FACTOR=factor is not None, INTERPRET=interpreted(), enable_fp_fusion=False,
-        **constants,
+        x, y, z, first if factor is None else factor, codes, row_scale, M=M, KX=KX, KY=KY, KZ=KZ,
+        LARGEST=LARGEST[dtype], INTEGER=dtype == torch.int8, PARTS=len(parts), FACTOR=factor is not None,
+        INTERPRET=interpreted(), enable_fp_fusion=False, **constants,
     )  # fmt: skip
     return codes, row_scale
 
@@ -163,23 +192,27 @@ def turned(codes: Tensor) -> Tensor:
 def quantise_cases(dtype: torch.dtype, name: str, archs: tuple[str, ...]) -> Iterator[Case]:
     """Every width of the table and the loop; `name`: Triton's of the codes' type."""
     for features in (*WIDE_TILES, WIDEST + 1):
-        for source, factor in (("bf16", False), ("bf16", True), ("fp32", True)):
+        for source, parts, factor in (("bf16", 1, False), ("bf16", 3, True), ("fp32", 1, True)):
+            if source == "fp32" and features not in (LOOP, WIDEST, WIDEST + 1):
+                continue
             constants = quantise_tile(features)
             warps = constants.pop("num_warps")
             size = f"{constants['ROWS']}x{constants['COLUMNS']}{'' if constants['WHOLE'] else ' loop'}"
+            pointers, sizes = (
+                ("x_ptr", "y_ptr", "z_ptr", "factor_ptr", "codes_ptr", "row_scale_ptr"),
+                ("KX", "KY", "KZ"),
+            )
+            types = (*[f"*{source}"] * 3, "*fp32", f"*{name}", "*fp32")
             yield Case(
                 kernel=_quantise_kernel,
-                label=f"{source} to {name} {size}{' factor' if factor else ''}",
-                signature={
-                    "x_ptr": f"*{source}", "factor_ptr": "*fp32", "codes_ptr": f"*{name}", "row_scale_ptr": "*fp32",
-                    "M": "i32", "K": "i32",
-                },
+                label=f"{source} to {name} {size} parts{parts}{' factor' if factor else ''}",
+                signature={**dict(zip(pointers, types, strict=True)), "M": "i32", **dict.fromkeys(sizes, "i32")},
                 constants={
-                    **constants, "LARGEST": LARGEST[dtype], "INTEGER": dtype == torch.int8, "FACTOR": factor,
-                    "INTERPRET": False,
+                    **constants, "LARGEST": LARGEST[dtype], "INTEGER": dtype == torch.int8, "PARTS": parts,
+                    "FACTOR": factor, "INTERPRET": False,
                 },
                 num_warps=warps,
-                aligned=("x_ptr", "factor_ptr", "codes_ptr", "row_scale_ptr", "K"),
+                aligned=(*pointers, *sizes),
                 archs=archs,
                 demands={} if dtype == torch.int8 else dict.fromkeys(archs, r"cvt\.rn\.satfinite\.e4m3x2\.f32"),
                 fp_fusion=False,

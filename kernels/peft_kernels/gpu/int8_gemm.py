@@ -4,18 +4,25 @@ Turing has such units, but Triton compiles no `tl.dot` of int8 for it: there the
 The kernels are in `_quantise` and `_eight_bit_gemm`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._eight_bit_gemm import launch_product, launch_product_back, product_cases
-from ._quantise import quantise_cases, quantise_rows
+from ._quantise import quantise_cases, quantise_parts
 
-__all__ = ["launch_product", "launch_product_back", "launch_quantise_rows"]
+__all__ = ["launch_product", "launch_product_back", "launch_quantise_parts", "launch_quantise_rows"]
 
 
 def launch_quantise_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x·factor ≈ codes·row_scale: x (M, K), factor (K,) fp32 → codes (M, K) int8 in ±127, row_scale (M,) fp32."""
-    return quantise_rows(x, factor, torch.int8)
+    return quantise_parts([x], factor, torch.int8)
+
+
+def launch_quantise_parts(parts: Sequence[Tensor], factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same for parts (M, K_i) laid end to end, as one x (M, K) would be."""
+    return quantise_parts(parts, factor, torch.int8)
 
 
 UNITS = {
