@@ -364,5 +364,10 @@ def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: 
         return
     swap(head, modules.subclass(type(head), loss.Handover), _state_or_new(head, "head", backend, rows))
     state = Fused(original_class(model), "linear_cross_entropy", backend, rows, salt_of(label), {"logits": logits})
+    if report.record is not None and report.record.head:
+        refused = loss.why_not_int8(head, logits)
+        state.extra["int8_head"] = refused is None
+        if refused:
+            report.kept_full["the head in the loss"] = refused
     swap(model, modules.subclass(original_class(model), loss.CausalLossForward), state)
     report.swapped[label] = "linear_cross_entropy"
