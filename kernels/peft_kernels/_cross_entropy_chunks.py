@@ -21,8 +21,8 @@ ROW_ALIGN = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a call that is not a tensor. `softcap` 0 means none; `dtype` is that of the head's GEMMs; `codes`
-    is the head where its products run on int8 units."""
+    """Everything about a call that is not a tensor. `softcap` 0 means none; `dtype` is that of the head's GEMMs;
+    `codes` is the head where its products run on int8 units."""
 
     ignore_index: int
     softcap: float

@@ -4,8 +4,8 @@
     dh_i = w_i·logit_scale·(Σ_b (q(p_b ⊙ s_V,b)·Wq,b)·s_i,b + (p_t − 1)·s_t·Wq,t)
 
 One scale for a whole row of p would round all but its largest entries to zero. So the target's entry, the largest of
-the gradient, is left out of the rounding and multiplied exactly, and the others have a scale for each row and block of the
-vocabulary. Neither logits nor p are kept: the compiled pass turns the int32 products into codes of p, row by row.
+the gradient, is left out of the rounding and multiplied exactly, and the others have a scale for each row and block of
+the vocabulary. Neither logits nor p are kept: the compiled pass turns the int32 products into codes of p, row by row.
 
 Shapes: M tokens, H hidden size, V vocabulary, R rows of a chunk.
 """

@@ -185,8 +185,8 @@ def _validate_codes(codes: FrozenWeight, weight: Tensor, more: bool) -> None:
     """Raises one ValueError for codes that do not fit the head, or a head that is more than a product."""
     if codes.format != "int8" or codes.columns is not None or codes.shape != weight.shape:
         raise ValueError(
-            f"linear_cross_entropy: codes must be int8 {tuple(weight.shape)} without outlier columns, got {codes.format} "
-            f"{tuple(codes.shape)}."
+            f"linear_cross_entropy: codes must be int8 {tuple(weight.shape)} without outlier columns, got "
+            f"{codes.format} {tuple(codes.shape)}."
         )
     if weight.requires_grad or more:
         raise ValueError(
