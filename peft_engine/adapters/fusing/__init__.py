@@ -21,7 +21,7 @@ from ... import processes
 from ...errors import ConfigError
 from . import attention, freezing, loss, modules, probing
 from .formats import FrozenCompute, passes_status
-from .frozen_linear import FrozenForward, frozen_of, take_back
+from .frozen_linear import PREFIX, FrozenForward, frozen_of, take_back
 from .frozen_record import BOUND, FrozenRecord
 from .linears import FusedLoraLinear, why_not
 from .outliers import Lever
@@ -202,6 +202,8 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if ATTRIBUTE in module.__dict__:
             give_back(module)
+            for name in [name for name in module._buffers if name.startswith(PREFIX)]:
+                delattr(module, name)
     if rounded:
         warnings.warn(
             f"peft_engine.unfuse: the weights of {rounded} frozen linears come back as they were rounded; load the "

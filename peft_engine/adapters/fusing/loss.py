@@ -21,6 +21,7 @@ from peft_kernels.dropout import dropout
 from peft_kernels.frozen_weight import FrozenWeight, freeze
 from peft_kernels.linear_cross_entropy import HeadAdapter, linear_cross_entropy
 
+from .frozen_linear import PREFIX
 from .linears import FusedLoraLinear, rate_of
 from .reading import attribute_of_self, forward_tree, value_of
 from .state import RowSeeds, hooked, once_each, original_class, state_of
@@ -306,17 +307,19 @@ def fused_loss(
     return linear_cross_entropy(
         flat, weight, wanted, bias=bias, lora=lora, rows=rows, ignore_index=ignored, softcap=logits.softcap,
         logit_scale=logits.scale, reduction=reduction, backend=state.backend,
-        codes=_codes_of(state.extra, weight) if plain and state.extra.get("int8_head") else None,
+        codes=_codes_of(state.extra, head, weight) if plain and state.extra.get("int8_head") else None,
     )  # fmt: skip
 
 
-def _codes_of(extra: dict[str, Any], weight: Tensor) -> FrozenWeight:
+def _codes_of(extra: dict[str, Any], head: nn.Module, weight: Tensor) -> FrozenWeight:
     """The head's weight in int8, made once: again where somebody put another weight in its place or changed it."""
     held = extra.get("head_codes")
     key = (weight.data_ptr(), weight._version, weight.device)
     if held is None or held[0] != key:
         held = (key, freeze(weight.detach(), "int8"))
         extra["head_codes"] = held
+        for name, tensor in (("codes", held[1].codes), ("scale", held[1].scale)):
+            head.register_buffer(PREFIX + name, tensor, persistent=False)  # where memory is counted
     codes: FrozenWeight = held[1]
     return codes
 
