@@ -89,7 +89,7 @@ def decide(
     commonest = max(sorted(set(shapes)), key=lambda shape: (shapes.count(shape) * shape[0] * shape[1], shape))
     device, own = places[0].weight.device, places[0].weight.dtype
     format, why = decide_format(asked, device, cast(tuple[int, int], commonest), dtype or own)
-    record = FrozenRecord(format, why, lever, bound, head, kept_full=kept)
+    record = FrozenRecord(format, why, lever, bound, head and format is not None, kept_full=kept)
     if format is None:
         return record
     if lever != "none" and (format == "bf16" or calibrate is None):
