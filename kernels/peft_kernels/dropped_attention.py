@@ -67,7 +67,7 @@ class _DroppedAttention(torch.autograd.Function):
         seeds: Tensor,
         salt: int,
     ) -> Tensor:
-        B, H, T, E = query.shape
+        B, H, T, _ = query.shape
         S, step = key.shape[2], _parts(query, key)
         out = query.new_empty(B, T, H, value.shape[3]).transpose(1, 2)
         lse = query.new_empty(B, H, T, 1)

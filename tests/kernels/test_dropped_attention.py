@@ -43,7 +43,7 @@ SHAPES = [(1, 1, 1, 1, 4), (3, 2, 7, 7, 8), (4, 3, 5, 9, 6), (5, 2, 33, 33, 16)]
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_is_the_definition(shape, name, p, dtype, monkeypatch) -> None:
-    B, H, T, S, E = shape
+    B, H, T, S, _ = shape
     monkeypatch.setattr(module, "CACHE_BYTES", 2 * H * T * S * dtype.itemsize)  # two samples at a time, or four
     inputs, dy, seeds = made(*shape, dtype)
     mask = masks(B, T, S, dtype)[name]
