@@ -119,6 +119,11 @@ def status() -> str:
     return told if library is not None else f"plain torch: {told}"
 
 
+def there(t: Tensor) -> bool:
+    """Whether the compiled passes run where this tensor lives."""
+    return t.device.type == "cpu" and _load()[0] is not None
+
+
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the compiled passes take these tensors: plain fp32 on the CPU, their last dimension dense, not traced."""
     if torch.compiler.is_compiling():
@@ -145,7 +150,7 @@ def pitch(t: Tensor) -> int:
     return t.stride(0) if t.shape[0] > 1 else t.shape[-1]
 
 
-_P, _N, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_P, _N, _T, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "quantise": [_N, _P, _P, _P, _P, _N, _N, _P, _P, _T],
     "rescale": [_P, _N, _N, _N, _P, _P, _P, _P, _N, _T],
@@ -155,6 +160,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "swiglu": [_P, _N, _P, _N, _N, _N, _P, _T],
     "swiglu_back": [_P, _N, _P, _N, _P, _N, _N, _N, _P, _P, _T],
     "drop_down": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _N, _T],
+    "draw_places": [_P, _N, _N, _N, _F, _P, _T],
     "drop_back": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _P, _N, _N, _P, _N, _P, _N, _T],
 }
 

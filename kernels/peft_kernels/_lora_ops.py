@@ -139,7 +139,7 @@ def down_back_sparse(
 
 
 def _places(rows: int, features: int, p: float, seeds: Tensor, salt: int) -> Tensor:
-    return dropped(seeds, salt, rows // max(1, seeds.numel()) * features, p)
+    return dropped(seeds, salt, rows // max(1, seeds.numel()) * features, p, True)
 
 
 @torch.library.custom_op("peft_kernels::lora_down", mutates_args=())

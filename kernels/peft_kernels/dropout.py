@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _compiled as compiled
 from ._launch import Backend, use_triton
 
 _MASK64 = 2**64 - 1
@@ -57,24 +58,42 @@ def _generator(device: str) -> torch.Generator:
     return found
 
 
-def dropped(seeds: Tensor, salt: int, size: int, p: float) -> Tensor:
+def dropped(seeds: Tensor, salt: int, size: int, p: float, passes: bool = False) -> Tensor:
     """Flat indices of the dropped elements of samples of `size` elements each, torch's way.
+
+    Args:
+        passes: let the compiled passes make places of random words, where they run; their logarithm rounds otherwise,
+            which moves a place in a million by one.
 
     Returns:
         int64 (samples · draws(size, p),) into a buffer of samples·size + 1 elements; surplus draws point at the last,
         which no sample owns. The length depends on shapes only.
     """
     if type(seeds) is Tensor and not torch.compiler.is_compiling():
+        if passes and compiled.there(seeds):
+            return _draw_compiled(seeds, salt, size, p)
         return _draw(seeds, salt, size, p)  # past the dispatcher: the call would cost a third of the work
     return _dropped_op(seeds, salt, size, p)
 
 
-def _draw(seeds: Tensor, salt: int, size: int, p: float) -> Tensor:
-    samples, count = seeds.numel(), draws(size, p)
-    words = torch.empty(samples, count // 2, dtype=torch.int64, device=seeds.device)
+def _words(seeds: Tensor, salt: int, count: int) -> Tensor:
+    """Random bits, int64 (samples, count / 2), each row from its sample's own generator."""
+    words = torch.empty(seeds.numel(), count // 2, dtype=torch.int64, device=seeds.device)
     generator = _generator(str(seeds.device))
     for row, seed in zip(words, seeds.tolist(), strict=True):
         row.random_(-(2**63), None, generator=generator.manual_seed(mix(seed, salt)))
+    return words
+
+
+def _draw_compiled(seeds: Tensor, salt: int, size: int, p: float) -> Tensor:
+    samples, count = seeds.numel(), draws(size, p)
+    words, places = _words(seeds, salt, count), torch.empty(samples * count, dtype=torch.int64)
+    compiled.call("draw_places", words, samples, count, size, 1 / math.log1p(-p), places)
+    return places
+
+
+def _draw(seeds: Tensor, salt: int, size: int, p: float) -> Tensor:
+    samples, words = seeds.numel(), _words(seeds, salt, draws(size, p))
     uniform = words.view(torch.int32).to(torch.float32).mul_(2.0**-32).add_(0.5).clamp_(min=2.0**-26)
     gaps = uniform.log_().mul_(1 / math.log1p(-p)).to(torch.int64)  # P(gap ≥ k) = (1 - p)^k
     places = gaps.add_(1).cumsum_(1).sub_(1)
@@ -120,12 +139,14 @@ def _(x: Tensor, seeds: Tensor, salt: int, p: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def keep_mask(x: Tensor, p: float, seeds: Tensor, salt: int, *, backend: Backend = "auto") -> Tensor:
+def keep_mask(
+    x: Tensor, p: float, seeds: Tensor, salt: int, *, backend: Backend = "auto", passes: bool = False
+) -> Tensor:
     """The mask that a backend draws for a tensor like `x`: bool, True where an element is kept."""
     if use_triton(x, backend):
         return _triton_mask(x, seeds, salt, p)
     mask = torch.ones(x.numel() + 1, dtype=torch.bool, device=x.device)
-    mask.index_fill_(0, dropped(seeds, salt, _sample_size(x, seeds), p), False)
+    mask.index_fill_(0, dropped(seeds, salt, _sample_size(x, seeds), p, passes), False)
     return mask[:-1].view(x.shape)
 
 
@@ -144,23 +165,24 @@ def dropout_reference(x: Tensor, mask: Tensor, keep: float) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool, passes: bool) -> Tensor:
         ctx.save_for_backward(seeds)
-        ctx.p, ctx.salt, ctx.triton = p, salt, triton
-        return _drop(x, p, seeds, salt, triton)
+        ctx.settings = p, salt, triton, passes
+        return _drop(x, p, seeds, salt, triton, passes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (seeds,) = ctx.saved_tensors
-        return _drop(dy, ctx.p, seeds, ctx.salt, ctx.triton), None, None, None, None
+        p, salt, triton, passes = ctx.settings
+        return _drop(dy, p, seeds, salt, triton, passes), None, None, None, None, None
 
 
-def _drop(x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool) -> Tensor:
+def _drop(x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool, passes: bool) -> Tensor:
     if triton:
         return _triton_dropout(x, seeds, salt, p)
     out = torch.mul(x, 1 / keep_rate(p, triton), out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    places = dropped(seeds, salt, _sample_size(x, seeds), p)
+    places = dropped(seeds, salt, _sample_size(x, seeds), p, passes)
     if type(out) is Tensor and not torch.compiler.is_compiling():
         out.view(-1).index_fill_(0, places[places < out.numel()], 0)
         return out
@@ -172,7 +194,9 @@ def _sample_size(x: Tensor, seeds: Tensor) -> int:
     return x.numel() // max(1, seeds.numel())
 
 
-def dropout(x: Tensor, p: float, seeds: Tensor, salt: int, *, backend: Backend = "auto") -> Tensor:
+def dropout(
+    x: Tensor, p: float, seeds: Tensor, salt: int, *, backend: Backend = "auto", passes: bool = False
+) -> Tensor:
     """Dropout with a named mask (Srivastava et al. 2014), for training.
 
     Args:
@@ -180,6 +204,7 @@ def dropout(x: Tensor, p: float, seeds: Tensor, salt: int, *, backend: Backend =
         p: share of elements set to zero, 0 ≤ p < 1.
         seeds: int64 (samples,) on x's device.
         salt: the layer's number.
+        passes: as in `dropped`.
 
     Returns:
         x ⊙ mask / keep_rate, x's shape and dtype. Saves `seeds` only.
@@ -188,7 +213,7 @@ def dropout(x: Tensor, p: float, seeds: Tensor, salt: int, *, backend: Backend =
         ValueError: p out of range, or seeds that do not fit x.
     """
     check(x, p, seeds)
-    return x if p == 0 else _Dropout.apply(x, p, seeds, salt, use_triton(x, backend))
+    return x if p == 0 else _Dropout.apply(x, p, seeds, salt, use_triton(x, backend), passes)
 
 
 def check(x: Tensor, p: float, seeds: Tensor | None) -> None:

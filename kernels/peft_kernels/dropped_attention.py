@@ -66,6 +66,7 @@ class _DroppedAttention(torch.autograd.Function):
         p: float,
         seeds: Tensor,
         salt: int,
+        passes: bool,
     ) -> Tensor:
         B, H, T, _ = query.shape
         S, step = key.shape[2], _parts(query, key)
@@ -79,17 +80,17 @@ class _DroppedAttention(torch.autograd.Function):
             buffer = scores.new_empty(scores.numel() + 1)
             kept = buffer[:-1].view(scores.shape)
             torch.sub(scores, lse[part], out=kept).exp_()
-            buffer.index_fill_(0, dropped(seeds[part], salt, H * T * S, p), 0)
+            buffer.index_fill_(0, dropped(seeds[part], salt, H * T * S, p, passes), 0)
             out[part] = torch.matmul(kept, value[part]).mul_(1 / keep_rate(p, False))
         ctx.save_for_backward(query, key, value, mask, out, lse, seeds)
-        ctx.settings = scale, p, salt
+        ctx.settings = scale, p, salt, passes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, out, lse, seeds = ctx.saved_tensors
-        scale, p, salt = ctx.settings
+        scale, p, salt, passes = ctx.settings
         B, H, T, _ = query.shape
         S, step, rate = key.shape[2], _parts(query, key), keep_rate(p, False)
         dq, dk, dv = (_like(t) for t in (query, key, value))
@@ -97,7 +98,7 @@ class _DroppedAttention(torch.autograd.Function):
             part = slice(start, min(start + step, B))
             q, k, v, g = query[part], key[part], value[part], dy[part]
             P = _scores(q, k, _of(mask, part), scale).sub_(lse[part]).exp_()
-            places = dropped(seeds[part], salt, H * T * S, p)
+            places = dropped(seeds[part], salt, H * T * S, p, passes)
             buffer = P.new_empty(P.numel() + 1)
             other = buffer[:-1].view(P.shape)
             other.copy_(P)
@@ -109,7 +110,7 @@ class _DroppedAttention(torch.autograd.Function):
             other.sub_((g * out[part]).sum(-1, keepdim=True).mul_(rate)).mul_(P)
             dq[part] = torch.matmul(other, k).mul_(scale)
             dk[part] = torch.matmul(other.transpose(2, 3), q).mul_(scale)
-        return dq, dk, dv, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None
 
 
 def _like(t: Tensor) -> Tensor:
@@ -127,6 +128,7 @@ def dropped_attention(
     salt: int,
     *,
     scale: float,
+    passes: bool = False,
 ) -> Tensor:
     """softmax(scale·Q·Kᵀ + mask) with dropout, times V (Vaswani et al. 2017, eq. 1). On CPU tensors.
 
@@ -135,6 +137,7 @@ def dropped_attention(
         mask: bool (True attends) or additive, (B or 1, H or 1, T or 1, S), without gradient; None.
         p: rate of dropout, 0 < p < 1.
         seeds: int64 (B,); salt: the layer's number. They name the mask of (H, T, S) numbers of each sample.
+        passes: as in `dropout.dropped`.
 
     Returns:
         (B, H, T, E), laid out as (B, T, H, E). Differentiable once in query, key and value; nothing is modified. A row
@@ -144,5 +147,5 @@ def dropped_attention(
         ValueError: a rate or seeds that do not fit.
     """
     check(query, p, seeds)
-    out: Tensor = _DroppedAttention.apply(query, key, value, mask, scale, p, seeds, salt)
+    out: Tensor = _DroppedAttention.apply(query, key, value, mask, scale, p, seeds, salt, passes)
     return out

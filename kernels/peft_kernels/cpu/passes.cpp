@@ -394,3 +394,59 @@ API void softmax_codes(const int32_t* products, int64_t rows, int64_t n, const f
     }
   }
 }
+
+namespace {
+
+// log x for x in [2^-26, 1), to an ulp (Cephes' polynomial).
+INLINE float log_of(float x) {
+  int32_t e = (bits(x) >> 23) - 126;
+  float m = as_float((bits(x) & 0x007fffff) | 0x3f000000);  // in [½, 1)
+  const bool low = m < 0.707106781186547524f;
+  e = low ? e - 1 : e;
+  m = low ? m + m - 1.0f : m - 1.0f;
+  const float z = m * m;
+  float p = 7.0376836292e-2f;
+  p = __builtin_fmaf(p, m, -1.1514610310e-1f);
+  p = __builtin_fmaf(p, m, 1.1676998740e-1f);
+  p = __builtin_fmaf(p, m, -1.2420140846e-1f);
+  p = __builtin_fmaf(p, m, 1.4249322787e-1f);
+  p = __builtin_fmaf(p, m, -1.6668057665e-1f);
+  p = __builtin_fmaf(p, m, 2.0000714765e-1f);
+  p = __builtin_fmaf(p, m, -2.4999993993e-1f);
+  p = __builtin_fmaf(p, m, 3.3333331174e-1f);
+  float y = m * z * p;
+  y = __builtin_fmaf((float)e, -2.12194440e-4f, y);
+  y = __builtin_fmaf(z, -0.5f, y);
+  return __builtin_fmaf((float)e, 0.693359375f, m + y);
+}
+
+}  // namespace
+
+// Places of dropped elements from random words, as dropout.py draws them: gaps log(u)·inverse with u = word·2^-32 + ½,
+// added up for each sample. Places from `size` on become samples·size.
+API void draw_places(const int32_t* words, int64_t samples, int64_t draws, int64_t size, float inverse, int64_t* places,
+                     int threads) {
+  constexpr int64_t STEP = 256;
+  const int64_t none = samples * size;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t s = 0; s < samples; ++s) {
+    const int32_t* from = words + s * draws;
+    int64_t* to = places + s * draws;
+    int64_t place = -1, d = 0;
+    for (; d < draws && place < size; d += STEP) {
+      const int64_t count = d + STEP < draws ? STEP : draws - d;
+      int32_t gaps[STEP];
+      for (int64_t c = 0; c < count; ++c) {
+        float u = (float)from[d + c] * 0x1p-32f + 0.5f;
+        u = u < 0x1p-26f ? 0x1p-26f : u;
+        u = u < 0.99999994f ? u : 0.99999994f;
+        gaps[c] = (int32_t)(log_of(u) * inverse);
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        place += gaps[c] + 1;
+        to[d + c] = place < size ? s * size + place : none;
+      }
+    }
+    for (; d < draws; ++d) to[d] = none;
+  }
+}

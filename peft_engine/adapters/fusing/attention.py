@@ -140,7 +140,8 @@ def attend(
         if attention_mask is not None:
             attention_mask = attention_mask[(None,) * (4 - attention_mask.dim())]
         seeds = state.rows.of(query, state.salt)
-        y = dropped_attention(query, key, value, attention_mask, dropout, seeds, state.salt, scale=scale)
+        passes = bool(state.extra.get("passes"))
+        y = dropped_attention(query, key, value, attention_mask, dropout, seeds, state.salt, scale=scale, passes=passes)
         return y.transpose(1, 2).contiguous(), None
     scores = torch.matmul(query * scale, key.transpose(2, 3))
     if attention_mask is not None and attention_mask.dtype == torch.bool:

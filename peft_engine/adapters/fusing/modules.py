@@ -25,7 +25,8 @@ class DropoutForward:
         state = state_of(module)
         if not module.training or not 0 < module.p < 1 or x.dim() < 2:
             return super().forward(x)  # type: ignore[misc]
-        return dropout(x, module.p, state.rows.of(x, state.salt), state.salt, backend=state.backend)
+        seeds, passes = state.rows.of(x, state.salt), bool(state.extra.get("passes"))
+        return dropout(x, module.p, seeds, state.salt, backend=state.backend, passes=passes)
 
 
 class LayerNormForward:
