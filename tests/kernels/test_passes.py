@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_kernels import _compiled as compiled
 from peft_kernels import _lora_ops as ops
 from peft_kernels import _passes as passes
-from peft_kernels.dropout import keep_mask, keep_rate
+from peft_kernels.dropout import dropped, keep_mask, keep_rate
 from peft_kernels.glu import glu
 
 ROWS = (1, 2, 15, 17, 129)
@@ -160,7 +160,10 @@ def test_dropped_elements_taken_out_one_by_one(p: float, ranks: tuple[int, ...])
     salted = [(rank, 100 + 256 * place) for place, rank in enumerate(ranks)]
     a, d_low = random(sum(ranks), features, seed=1), random(len(flat), sum(ranks), seed=2)
     keep = keep_rate(p, False)
-    masks = [keep_mask(x, p, seeds, salt, backend="torch").view(-1, features).double() / keep for _, salt in salted]
+    masks = [
+        keep_mask(x, p, seeds, salt, backend="torch", passes=True).view(-1, features).double() / keep
+        for _, salt in salted
+    ]
     pieces = a.double().split(list(ranks))
     want = torch.cat([(flat.double() * mask) @ one.t() for mask, one in zip(masks, pieces, strict=True)], 1)
     got = ops.down_sparse(flat, a, p, seeds, salted)
@@ -243,3 +246,26 @@ def test_what_the_passes_do_not_take() -> None:
 
 class _Tensor(Tensor):
     """Somebody's own kind of tensor."""
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.97])
+@pytest.mark.parametrize("size", [1, 100, 5000])
+def test_places_of_dropped_elements_are_torchs_but_for_rounding(p: float, size: int) -> None:
+    seeds = torch.arange(7) * 1000 - 3
+    want, got = (dropped(seeds, 11, size, p, passes).view(7, -1) for passes in (False, True))
+    assert got.dtype == want.dtype
+    assert int((got - want).abs().max()) <= 3 or size == 1
+    assert float((got.diff() == want.diff()).double().mean()) >= 0.9999
+    inside = got < 7 * size
+    assert ((got >= torch.arange(7).unsqueeze(1) * size) & (got < (torch.arange(7).unsqueeze(1) + 1) * size))[
+        inside
+    ].all()
+    assert (got[~inside] == 7 * size).all()
+    assert torch.equal(got, dropped(seeds, 11, size, p, True).view(7, -1))
+
+
+def test_the_rate_of_dropped_elements_holds_in_every_column() -> None:
+    x, seeds = torch.empty(400, 50, 8), torch.arange(400)
+    for p in (0.05, 0.3):
+        kept = keep_mask(x, p, seeds, 1, backend="torch", passes=True).double().mean((0, 1))
+        assert (kept - (1 - p)).abs().max() < 5 * (p * (1 - p) / 20000) ** 0.5
