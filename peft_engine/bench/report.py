@@ -87,9 +87,12 @@ def notes(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"No test items were kept of {', '.join(flat)}: their intervals of {primary} are over seeds alone."
         )
-    for name in ("hardware", "versions", "kernels", "data_digest", "weights_digest"):
+    for name in ("hardware", "versions", "data_digest", "weights_digest"):
         if len(found["meta_info"][name]) > 1:
             lines.append(f"Cells differ in {name}: compare them with care.")
+    # what is swapped follows from the method; what it runs on should not
+    if len(backends := {(one or {}).get("backend") for one in found["meta_info"]["kernels"]}) > 1:
+        lines.append(f"Cells differ in the kernels' backend ({', '.join(sorted(map(str, backends)))}).")
     edge = [line["method"] for line in found["learning_rates"] if line["at_edge"]]
     if edge:
         lines.append(f"Learning rate at the edge of its grid, so perhaps not the best: {', '.join(edge)}.")
