@@ -256,7 +256,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("When", f"{run['first']} to {run['last']}"),
         ("Hardware", _shown(meta["hardware"])),
         ("Versions", _shown(meta["versions"])),
-        ("Kernels", _shown(meta["kernels"])),
+        ("Kernels", _kernels(found["results"])),
         ("Code", _shown(meta["git"])),
         ("Command", "; ".join(str(one) for one in run["commands"])),
         ("Cells", f"{finals} final ({len(found['results'])} methods, seeds {', '.join(map(str, run['seeds']))})"),
@@ -269,6 +269,17 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     return [(name, value) for name, value in lines if value]
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """Which parts were swapped for fused ones, by methods that are alike in it."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        told = row["meta_info"]["kernels"] or {}
+        left = f", {_count(len(told['skipped']), 'part')} left as they are" if told.get("skipped") else ""
+        text = f"{told['backend']} ({_shown(told.get('swapped') or {}) or 'nothing'}{left})" if told else "off"
+        alike.setdefault(text, []).append(row["name"])
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
 
 
 def _shown(values: Any) -> str:
