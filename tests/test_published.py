@@ -14,6 +14,8 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from tiny import config, sentence, write_rows
 
 from peft_engine.answers import as_number, final_answer, is_right
+from peft_engine.bench.published import figures_of, read_publication
+from peft_engine.bench.suite import Published
 from peft_engine.config import Config
 from peft_engine.data.loading import load_splits
 from peft_engine.run import train
@@ -225,9 +227,12 @@ def test_a_suite_makes_whole_configs(path):
     assert len(set(suite["seeds"])) >= 3
     assert path.read_text(encoding="utf-8").startswith(f"# Run: peft-engine bench benchmarks/suites/{path.name}")
     if path.stem.startswith("published-"):
-        figures = yaml.safe_load((ROOT / suite["published"]).read_text(encoding="utf-8"))
-        names = {figure["method"] for figure in figures["figures"]}
-        assert "text8" in path.stem or names & set(suite["methods"])
+        published = Published(**suite["published"])
+        figures = figures_of(read_publication(ROOT / published.path), published)
+        assert "text8" in path.stem or {figure.method for figure in figures} & set(suite["methods"])
+        if "bert" in path.stem:
+            task = next(task for task in glue.TASKS if task.name == published.task)
+            assert {name for figure in figures for name in figure.metrics} <= set(task.metrics)
     for method in suite["methods"].values():
         for rate in method.get("learning_rates") or suite["tuning"]["learning_rates"]:
             training = {**suite["config"]["training"], **method.get("training", {}), "learning_rate": float(rate)}

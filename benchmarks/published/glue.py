@@ -67,6 +67,12 @@ def data_of(task: GlueTask, max_length: int) -> dict[str, Any]:
     }
 
 
+def published_of(task: GlueTask, model: str) -> dict[str, Any]:
+    """The suite's section `published`."""
+    other = {name: ours for name, ours in task.metrics.items() if name != ours}
+    return {"path": f"benchmarks/published/{model}-glue.yaml", "task": task.name, "metrics": other}
+
+
 def roberta(task: GlueTask) -> dict[str, Any]:
     lora = {"method": "lora", "rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["query", "value"]}
     return {
@@ -76,7 +82,7 @@ def roberta(task: GlueTask) -> dict[str, Any]:
         "the last weights count. Full fine-tuning's rate is searched: its published figure is that of Liu et al. 2019. "
         + ("The paper starts this task from the MNLI adapter; here it starts anew. " if _from_mnli(task) else "")
         + f"Reported: {', '.join(task.metrics)}.",
-        "published": "benchmarks/published/roberta-glue.yaml",
+        "published": published_of(task, "roberta"),
         "config": {
             "task": "text-classification",
             "model": {"path": "FacebookAI/roberta-base", "pooling": "model"},
@@ -106,7 +112,7 @@ def bert(task: GlueTask) -> dict[str, Any]:
         "name": f"published-bert-{task.name}",
         "title": f"BERT-base-cased on GLUE {task.name}: full fine-tuning (transformers' run_glue.py)",
         "description": f"Needs the hub and a GPU. Reported: {', '.join(task.metrics)}.",
-        "published": "benchmarks/published/bert-glue.yaml",
+        "published": published_of(task, "bert"),
         "config": {
             "task": "text-classification",
             "model": {"path": "google-bert/bert-base-cased", "pooling": "model"},

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .cells import Cell, baseline_cell, check_methods, final_cells, tuning_cells
+from .published import figures_of, read_publication
 from .records import read_records
 from .suite import Suite, load_suite
 
@@ -110,10 +111,13 @@ def open_results(path: str | Path, folder: str | Path | None = None) -> Results:
     """A suite and what its results folder holds. Changes nothing.
 
     Raises:
-        ConfigError: the suite, or one of its methods' settings, is at fault; or the folder is another suite's.
+        ConfigError: the suite, one of its methods' settings or its published figures are at fault; or the folder is
+            another suite's.
     """
     suite = load_suite(path)
     check_methods(suite)
+    if suite.published:
+        figures_of(read_publication(Path(suite.published.path)), suite.published)
     results = Results(suite, Path(folder or Path("benchmarks/results") / suite.name).expanduser())
     if results.folder.exists() and not results.folder.is_dir():
         raise ConfigError(f"--output: {results.folder} is a file.", "Name a folder.")

@@ -19,6 +19,7 @@ from ..errors import Interrupted
 from ..run_directory import RunDirectory, storage_errors, write_whole
 from .cell import UNTIL_CLOSED, spec_of
 from .cells import Cell
+from .published import FILE
 from .records import read_record, write_record
 from .results import Results
 from .suite import to_yaml
@@ -99,6 +100,10 @@ class Bench:
                 if path.is_dir():
                     shutil.rmtree(path)
             write_whole(folder / "suite.yaml", to_yaml(results.suite))
+            if published := results.suite.published:
+                write_whole(folder / FILE, Path(published.path).read_text(encoding="utf-8"))
+            else:
+                (folder / FILE).unlink(missing_ok=True)
         for name, problem in results.damaged.items():
             self.say(f"{problem} It is made again.")
             (folder / "cells" / f"{name}.json").unlink(missing_ok=True)

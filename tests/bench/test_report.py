@@ -192,6 +192,27 @@ def test_variants_and_unfused_lora_are_not_the_claim(tmp_path):
     assert "its claim is not measured here" in (tmp_path / "report.html").read_text()
 
 
+def test_lora_that_did_not_run_fused_proves_nothing(tmp_path):
+    write_suite(tmp_path, ["full", "lora"], [0])
+    for name in ("full", "lora"):
+        write(tmp_path, record(name, 0, class_items(0.9, 0), swapped={"layer_norm": 13}))
+    found = write_report(tmp_path)
+    assert [line["verdict"] for line in found["claims"]] == ["unknown"] * 3
+    assert "none of its LoRA layers ran fused" in found["summary"][0]
+
+
+def test_what_was_swapped_is_told_by_method(tmp_path):
+    write_suite(tmp_path, ["full", "lora", "head"], [0])
+    swapped = {"layer_norm": 13}
+    write(tmp_path, record("full", 0, class_items(0.9, 0), swapped=swapped))
+    write(tmp_path, record("head", 0, class_items(0.8, 0), swapped=swapped))
+    write(tmp_path, record("lora", 0, class_items(0.9, 0)))
+    found = write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "Kernels: lora: torch (layer\\_norm 13, lora\\_linear 36); full, head: torch (layer\\_norm 13)" in page
+    assert not any("kernels" in line for line in found["notes"])
+
+
 def test_a_damaged_record_is_named_and_in_no_number(copied, found):
     path = next((copied / "cells").glob("lora-final-1-*"))
     path.write_text(path.read_text().replace('"maximize": true', '"maximize":  false'))

@@ -65,7 +65,9 @@ def started(place: Path) -> list[str]:
 def test_the_search_comes_before_the_final_cells_that_need_it(go, place):
     results = go({"lora/rate-0.001": [0.1, 0.9], "lora/rate-0.01": [0.95, 0.8]})
     assert titles(place / "out") == ALL
-    assert started(place)[0] == "baseline"
+    order = started(place)
+    assert order[0] == "baseline"
+    assert order[-4:] == ["full/seed-0", "lora/seed-0", "full/seed-1", "lora/seed-1"], "seed by seed"
     chosen = results.choice("lora")
     assert (chosen["learning_rate"], chosen["edge"]) == (1e-3, None), "by the last evaluation, not the best"
     finals = [cell for cell in results.cells() if (cell.method, cell.kind) == ("lora", "final")]
