@@ -111,7 +111,7 @@ def _metric(facts: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 def _line(figure: Figure, name: str, value: float, ours: dict[str, Any], middle: str) -> dict[str, Any]:
     low, high, mean = ours.get("low"), ours.get("high"), ours.get(middle)
-    sure = middle == "mean" and low is not None and high is not None
+    inside = None if middle != "mean" or low is None or high is None else bool(low <= value <= high)
     return {
         "method": figure.method,
         "number": name,
@@ -121,5 +121,5 @@ def _line(figure: Figure, name: str, value: float, ours: dict[str, Any], middle:
         "low": low,
         "high": high,
         "difference": None if mean is None else mean - value,
-        "inside": low <= value <= high if sure else None,
+        "inside": inside,
     }

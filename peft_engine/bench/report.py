@@ -183,7 +183,7 @@ NAMED = {  # of a report's rows: heading, scale, digits
 
 def published_lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """Published figures beside ours, as the columns of PUBLISHED; none where the suite names none."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in (found["published"] or {"rows": []})["rows"]:
         name, scale, digits = NAMED.get(row["number"], (row["number"], 1.0, 4))
         published, ours, low, high, difference = (
