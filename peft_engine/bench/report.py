@@ -216,8 +216,8 @@ def published_words(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 LEGEND = (
     "Square brackets: 95% bootstrap interval over seeds and test items for scores, range over seeds for shares "
-    "(×: the median by the reference's). * the difference is told apart from none. place: where paired intervals leave "
-    "several places open, all of them. "
+    "(×: ours by the reference's, median over seeds). * the difference is told apart from none. place: where paired "
+    "intervals leave several places open, all of them. "
     "forgotten: rise of the loss on general text, nats per token."
 )
 

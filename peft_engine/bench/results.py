@@ -102,6 +102,12 @@ class Results:
         runs = [self.final(method, choice["learning_rate"]) for method, choice in chosen.items()]
         return found + [cell for of_one_seed in zip(*runs, strict=True) for cell in of_one_seed]
 
+    def possible(self) -> list[Cell]:
+        """All cells that the suite's settings may still ask for: where a learning rate is not chosen, the final cells
+        of every rate."""
+        undecided = [(method, rate) for method in self.waiting() for rate in self.suite.rates(method)]
+        return self.cells() + [cell for method, rate in undecided for cell in self.final(method, rate)]
+
     def waiting(self) -> dict[str, int]:
         """Final cells that wait for their learning rate, by method."""
         return {method: len(self.suite.seeds) for method in self.suite.methods if self.choice(method) is None}

@@ -105,13 +105,13 @@ def test_differences_and_gains_are_those_of_the_raw_rows(folder, found):
 
 
 def test_times_memory_and_shares_are_those_of_the_records(folder, found):
-    ours, full = ([one["train_info"] for one in raw(folder, name).values()] for name in ("lora", "full"))
+    ours, full = ([one["train_info"] for _, one in sorted(raw(folder, n).items())] for n in ("lora", "full"))
     facts = row_of(found, "lora")["train_info"]
     steps = [one["step_seconds"]["p50"] for one in ours]
     assert facts["step_seconds"]["median"] == median(steps)
     assert (facts["step_seconds"]["low"], facts["step_seconds"]["high"]) == (min(steps), max(steps))
     for name in ("peak_bytes", "cost_usd"):
-        known = median(one[name] for one in ours) / median(one[name] for one in full)
+        known = median(one[name] / other[name] for one, other in zip(ours, full, strict=True))
         assert facts["shares"][name]["ratio"] == pytest.approx(known)
     for part, size in facts["memory"].items():
         assert size == median(one["memory"][part] for one in ours)
@@ -209,7 +209,10 @@ def test_what_was_swapped_is_told_by_method(tmp_path):
     write(tmp_path, record("lora", 0, class_items(0.9, 0)))
     found = write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert "Kernels: lora: torch (layer\\_norm 13, lora\\_linear 36); full, head: torch (layer\\_norm 13)" in page
+    told = next(line for line in page.splitlines() if line.startswith("- Kernels"))
+    assert told.count("torch") == 2
+    assert "lora: torch (layer\\_norm 13, lora\\_linear 36)" in told
+    assert "full, head: torch (layer\\_norm 13)" in told
     assert not any("kernels" in line for line in found["notes"])
 
 
