@@ -48,7 +48,9 @@ class Results:
         self.failures = {}
         for path in sorted((self.folder / "failed").glob("*.json")):
             with contextlib.suppress(OSError, ValueError):  # half of a failure is none: the cell is open anyway
-                self.failures[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+                failure = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(failure, dict) and {"reason", "exit_code"} <= set(failure):
+                    self.failures[path.stem] = failure
 
     def state(self, cell: Cell) -> str:
         """done, diverged (a learning rate that is out of the choice), damaged, failed or open."""

@@ -135,6 +135,12 @@ class Suite(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Suite":
         faults = [*_taken(self.config, "config"), *self._repeated()]
+        sections = ("model", "data", "training", "evaluation", "budget")
+        faults += [
+            f"config.{name}: got {self.config[name]!r}, expected settings written `key: value`"
+            for name in sections
+            if not isinstance(self.config.get(name, {}), dict)
+        ]
         for name, method in self.methods.items():
             faults += _taken({"training": method.training}, f"methods.{name}")
             faults += [

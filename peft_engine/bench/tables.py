@@ -207,6 +207,8 @@ def _failed(found: Results) -> list[dict[str, Any]]:
             told_by = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             told_by = {"reason": f"its record can't be read ({type(error).__name__})"}
+        if not isinstance(told_by, dict):
+            told_by = {"reason": "its record is no JSON object"}
         log = told_by.get("log_tail") or ""
         log = "\n".join(map(str, log)) if isinstance(log, list) else str(log)
         line = {

@@ -155,6 +155,16 @@ def test_a_record_that_no_checksum_can_be_made_of_is_damaged(go, place, content)
     assert set(open_results("suite.yaml", "out").damaged) == {broken.stem}
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "{"])
+def test_a_failure_that_cannot_be_read_is_none(go, place, content):
+    go({"full/seed-1": "fail 4"})
+    failed = next((place / "out/failed").glob("full-final-1-*.json"))
+    failed.write_text(content)
+    assert open_results("suite.yaml", "out").failures == {}
+    go({})
+    assert titles(place / "out") == ALL
+
+
 def test_a_name_that_no_cell_has_is_refused(place):
     from click.testing import CliRunner
 
