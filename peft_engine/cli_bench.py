@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from .cli_tools import AS_JSON, files, show_found
-from .errors import EngineError
+from .errors import ConfigError, EngineError
 
 
 @click.command()
@@ -33,6 +33,13 @@ def bench(
     from .bench.running import Bench, worst
 
     results = open_results(suite, output)
+    if only is not None and not any(cell.matches(only) for cell in results.cells()):
+        later = any(cell.matches(only) for cell in results.possible())
+        raise ConfigError(
+            f"--only {only}: no cell of {results.suite.name} has such a name"
+            + (" yet: they wait for their learning rates." if later else "."),
+            "`--dry-run` lists the names; a method's search (METHOD-tuning) comes before its final cells.",
+        )
     if dry_run:
         found = _overview(results, only, limit, jobs)
         show_found(found, as_json, lambda: _print_overview(found))

@@ -33,12 +33,12 @@ class Recorded:
 def cell_file(tiny_model, tmp_path):
     """family → a config file of a tiny LoRA run on rows of uneven length, the last batch of an epoch smaller."""
 
-    def make(family, **adapter):
+    def make(family, pooling="model", **adapter):
         causal = family != "bert"
         settings = {
             "task": "causal-lm" if causal else "text-classification",
             "device": "cpu",
-            "model": {"path": str(tiny_model(family)), **({} if causal else {"pooling": "model"})},
+            "model": {"path": str(tiny_model(family)), **({} if causal else {"pooling": pooling})},
             "adapter": {"rank": 4, "alpha": 8, "dropout": 0.0, **adapter},
             "data": {"cache": None, "max_length": 64, "split": {"eval": 0.0, "test": 0.0}},
             "training": {"batch_size": 8, "learning_rate": 1e-2, "weight_decay": 0.01, "max_grad_norm": 0.5},
@@ -57,6 +57,7 @@ def cell_file(tiny_model, tmp_path):
         ("hf-trainer", "llama", {}),
         ("trl", "llama", {}),
         ("hf-trainer", "bert", {}),
+        ("hf-trainer", "bert", {"pooling": "mean"}),
         ("trl", "qwen2", {"init": "pissa"}),
     ],
 )

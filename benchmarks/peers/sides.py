@@ -230,6 +230,7 @@ def run_peer(name: str, cell: Cell, folder: str) -> tuple[Callable[[Turns], dict
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from peft_engine.meters.memory import LiveBytes
+    from peft_engine.tasks.text_classification import pooling_of
     from peft_engine.training.optim import make_schedule
 
     settings, data, trainee = cell.config.training, cell.data["train"], cell.trainee
@@ -309,13 +310,22 @@ def run_peer(name: str, cell: Cell, folder: str) -> tuple[Callable[[Turns], dict
             assert self.turns is not None
             self.turns.step_done(trainer.last_loss, counted)
 
+    own_loss: dict[str, Any] = {}
+    if cell.config.task == "text-classification" and pooling_of(cell.config.model) == "mean":
+        if cell.task.labels.kind != "single":
+            raise ConfigError(
+                f"Peer {name}: model.pooling: mean with labels of the kind {cell.task.labels.kind} is not compared.",
+                "Take data with one class per row, or model.pooling: model.",
+            )
+        # no class of transformers has this head; its users hand the trainer a loss
+        own_loss["compute_loss_func"] = lambda out, labels, **_: torch.nn.functional.cross_entropy(out.logits, labels)
     schedule = make_schedule(settings.schedule, settings.warmup, cell.total_steps)
     rates = torch.optim.lr_scheduler.LambdaLR(trainee.optimizer, lambda done: schedule(done + 1))
     steps = Steps()
     rows = {"input_ids": [data.tokens(0).tolist()], "labels": [data.tokens(0).tolist()]}  # looked at, never trained on
     trainer = Fed(
         model=cell.group.model, args=made, train_dataset=Dataset.from_dict(rows), data_collator=list,
-        processing_class=cell.task.processor, callbacks=[steps], optimizers=(trainee.optimizer, rates),
+        processing_class=cell.task.processor, callbacks=[steps], optimizers=(trainee.optimizer, rates), **own_loss,
     )  # fmt: skip
 
     def go(turns: Turns) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from .scoring import Results
 from .statistics import gain_kept
 
-GAIN, STEP, MEMORY = 0.95, 0.75, 0.4
+GAIN, STEP, MEMORY = ("gain kept", 0.95), ("step time", 0.75), ("peak memory", 0.4)
 
 
 def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -27,10 +27,23 @@ def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         if row["name"] == found.reference or not _plain_lora(settings[row["name"]]):
             continue
+        if not _fused(row["meta_info"]["kernels"]):
+            why = "none of its LoRA layers ran fused (meta_info.kernels)"
+            lines += [_line(row, *of) | _unknown(why) for of in (GAIN, STEP, MEMORY)]
+            continue
         lines.append(_gain(found, row))
-        lines.append(_share(found, row, "step_seconds", "step time", STEP))
-        lines.append(_share(found, row, "peak_bytes", "peak memory", MEMORY))
+        lines.append(_share(found, row, "step_seconds", STEP))
+        lines.append(_share(found, row, "peak_bytes", MEMORY))
     return lines
+
+
+def _fused(kernels: dict[str, Any] | None) -> bool:
+    """Whether a LoRA layer was swapped for the fused one, by what the run recorded."""
+    return any(name.startswith("lora") and count for name, count in ((kernels or {}).get("swapped") or {}).items())
+
+
+def _line(row: dict[str, Any], claim: str, limit: float) -> dict[str, Any]:
+    return {"method": row["name"], "claim": claim, "limit": limit, "least": claim == GAIN[0], "cells": []}
 
 
 def _plain_lora(config: dict[str, Any]) -> bool:
@@ -43,7 +56,7 @@ def _plain_lora(config: dict[str, Any]) -> bool:
 
 
 def _gain(found: Results, row: dict[str, Any]) -> dict[str, Any]:
-    line = {"method": row["name"], "claim": "gain kept", "limit": GAIN, "least": True, "cells": []}
+    line = _line(row, *GAIN)
     kept = (row["train_info"]["gain_kept"] or {}).get(found.primary)
     if found.reference not in found.finals:
         return line | _unknown(f"{found.reference} has no finished cell")
@@ -53,15 +66,15 @@ def _gain(found: Results, row: dict[str, Any]) -> dict[str, Any]:
     whole, before = found.samples[found.reference][found.primary], found.before[found.primary]
     for seed in (seed for seed in one.seeds if seed in whole.seeds):
         alone = gain_kept(one.only([seed]), whole, before)
-        if alone is not None and alone.mean < GAIN:
+        if alone is not None and alone.mean < GAIN[1]:
             line["cells"].append({"cell": f"{row['name']}/seed-{seed}", "value": alone.mean})
-    sure = kept["low"] is not None and kept["low"] >= GAIN
-    verdict = "missed" if kept["mean"] < GAIN else "met" if sure else "met on average"
+    sure = kept["low"] is not None and kept["low"] >= GAIN[1]
+    verdict = "missed" if kept["mean"] < GAIN[1] else "met" if sure else "met on average"
     return line | {"value": kept["mean"], "low": kept["low"], "high": kept["high"], "verdict": verdict}
 
 
-def _share(found: Results, row: dict[str, Any], name: str, words: str, limit: float) -> dict[str, Any]:
-    line = {"method": row["name"], "claim": words, "limit": limit, "least": False, "cells": []}
+def _share(found: Results, row: dict[str, Any], name: str, of: tuple[str, float]) -> dict[str, Any]:
+    line, (words, limit) = _line(row, *of), of
     shared = row["train_info"]["shares"][name]
     if shared is None:
         return line | _unknown(f"{found.reference} or {row['name']} has no measured {words}")

@@ -31,12 +31,13 @@ def read_record(path: Path) -> dict[str, Any]:
     fix = "Run the same bench again: it makes this cell anew."
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        written = record.pop("sha256", None) if isinstance(record, dict) else None
+        found = hashlib.sha256(canonical(record)).hexdigest()
+    except (OSError, ValueError, RecursionError) as error:  # also what no record can hold: NaN, half a character
         raise StorageError(f"{path} can't be read: {error}.", fix) from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise StorageError(f"{path} is no record of a cell ({SCHEMA}).", fix)
-    written = record.pop("sha256", None)
-    if hashlib.sha256(canonical(record)).hexdigest() != written:
+    if found != written:
         raise StorageError(f"{path} is damaged: its content does not have the checksum that it names.", fix)
     if missing := [name for name in PARTS if name not in record]:
         raise StorageError(f"{path} lacks {', '.join(missing)}.", fix)

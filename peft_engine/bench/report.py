@@ -87,9 +87,12 @@ def notes(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"No test items were kept of {', '.join(flat)}: their intervals of {primary} are over seeds alone."
         )
-    for name in ("hardware", "versions", "kernels", "data_digest", "weights_digest"):
+    for name in ("hardware", "versions", "data_digest", "weights_digest"):
         if len(found["meta_info"][name]) > 1:
             lines.append(f"Cells differ in {name}: compare them with care.")
+    # what is swapped follows from the method; what it runs on should not
+    if len(backends := {(one or {}).get("backend") for one in found["meta_info"]["kernels"]}) > 1:
+        lines.append(f"Cells differ in the kernels' backend ({', '.join(sorted(map(str, backends)))}).")
     edge = [line["method"] for line in found["learning_rates"] if line["at_edge"]]
     if edge:
         lines.append(f"Learning rate at the edge of its grid, so perhaps not the best: {', '.join(edge)}.")
@@ -167,10 +170,54 @@ def _share(facts: dict[str, Any], name: str) -> tuple[str, float | None]:
     return (f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]", one["ratio"]) if one else ("–", None)
 
 
+PUBLISHED = ("method", "number", "published", "ours", "ours − published")
+NAMED = {  # of a report's rows: heading, scale, digits
+    "train_seconds": ("training, s", 1.0, 1),
+    "peak_bytes": ("peak, MiB", 2**-20, 0),
+    "cost_usd": ("cost, USD", 1.0, 2),
+    "forgetting": ("forgotten", 1.0, 4),
+    "trainable_parameters": ("trained", 1.0, 0),
+    "adapter_file_bytes": ("file, MiB", 2**-20, 2),
+}
+
+
+def published_lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Published figures beside ours, as the columns of PUBLISHED; none where the suite names none."""
+    lines: list[tuple[str, ...]] = []
+    for row in (found["published"] or {"rows": []})["rows"]:
+        name, scale, digits = NAMED.get(row["number"], (row["number"], 1.0, 4))
+        published, ours, low, high, difference = (
+            None if row[key] is None else row[key] * scale for key in ("published", "ours", "low", "high", "difference")
+        )
+        theirs = number(published, digits) + (f" ± {row['spread']:g}" if row["spread"] is not None else "")
+        mine = number(ours, digits) + ("" if low is None else f" [{number(low, digits)}, {number(high, digits)}]")
+        apart = "–" if difference is None else f"{difference:+,.{digits}f}"
+        apart += {True: " (inside our interval)", False: " (outside)", None: ""}[row["inside"]]
+        lines.append((row["method"], name, theirs, mine, apart))
+    return lines
+
+
+def published_words(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where they come from, as lines of name and value."""
+    told = found["published"]
+    source = told["source"]
+    lines = [
+        ("Source", ", ".join(source[name] for name in ("what", "table") if name in source)),
+        ("Address", source.get("url", "")),
+        ("Commit", source.get("commit", "")),
+        ("Read", told["verified"]),
+        ("Model", told["model"]),
+        ("Hardware", told["hardware"]),
+        ("Settings", told["setup"]),
+        ("Otherwise here", told["differs"]),
+    ]
+    return [(name, " ".join(value.split())) for name, value in lines if value]
+
+
 LEGEND = (
     "Square brackets: 95% bootstrap interval over seeds and test items for scores, range over seeds for shares "
-    "(×: the median by the reference's). * the difference is told apart from none. place: where paired intervals leave "
-    "several places open, all of them. "
+    "(×: ours by the reference's, median over seeds). * the difference is told apart from none. place: where paired "
+    "intervals leave several places open, all of them. "
     "forgotten: rise of the loss on general text, nats per token."
 )
 
@@ -194,6 +241,9 @@ def as_html(found: dict[str, Any]) -> str:
         legend=LEGEND,
         signs=SIGNS,
         facts=_facts(found),
+        published=published_lines(found),
+        published_words=published_words(found) if found["published"] else [],
+        published_columns=PUBLISHED,
     )
 
 
@@ -206,7 +256,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("When", f"{run['first']} to {run['last']}"),
         ("Hardware", _shown(meta["hardware"])),
         ("Versions", _shown(meta["versions"])),
-        ("Kernels", _shown(meta["kernels"])),
+        ("Kernels", _kernels(found["results"])),
         ("Code", _shown(meta["git"])),
         ("Command", "; ".join(str(one) for one in run["commands"])),
         ("Cells", f"{finals} final ({len(found['results'])} methods, seeds {', '.join(map(str, run['seeds']))})"),
@@ -219,6 +269,17 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     return [(name, value) for name, value in lines if value]
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """Which parts were swapped for fused ones, by methods that are alike in it."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        told = row["meta_info"]["kernels"] or {}
+        left = f", {_count(len(told['skipped']), 'part')} left as they are" if told.get("skipped") else ""
+        text = f"{told['backend']} ({_shown(told.get('swapped') or {}) or 'nothing'}{left})" if told else "off"
+        alike.setdefault(text, []).append(row["name"])
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
 
 
 def _shown(values: Any) -> str:
@@ -242,6 +303,10 @@ def as_markdown(found: dict[str, Any]) -> str:
     text += [f"- missing: {_plain(one)}" for one in found["missing"]]
     text += [f"- left out: {_plain(one['cell'])}: {_plain(one['reason'])}" for one in found["left_out"]]
     text += ["", *_rows([names] + [[shown for _, shown, _ in line["cells"]] for line in lines]), "", LEGEND, ""]
+    if found["published"]:
+        text += [f"## Published: {_plain(found['published']['title'])}", ""]
+        text += [*_rows([list(PUBLISHED), *map(list, published_lines(found))]), ""]
+        text += [*(f"- {name}: {_plain(value)}" for name, value in published_words(found)), ""]
     metrics = list(dict.fromkeys(name for row in found["results"] for name in row["train_info"]["metrics"]))
     body = [
         [row["name"], *(spread(row["train_info"]["metrics"].get(name)) for name in metrics)] for row in found["results"]

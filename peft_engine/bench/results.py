@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .cells import Cell, baseline_cell, check_methods, final_cells, tuning_cells
+from .published import figures_of, read_publication
 from .records import read_records
 from .suite import Suite, load_suite
 
@@ -47,7 +48,9 @@ class Results:
         self.failures = {}
         for path in sorted((self.folder / "failed").glob("*.json")):
             with contextlib.suppress(OSError, ValueError):  # half of a failure is none: the cell is open anyway
-                self.failures[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+                failure = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(failure, dict) and {"reason", "exit_code"} <= set(failure):
+                    self.failures[path.stem] = failure
 
     def state(self, cell: Cell) -> str:
         """done, diverged (a learning rate that is out of the choice), damaged, failed or open."""
@@ -101,6 +104,12 @@ class Results:
         runs = [self.final(method, choice["learning_rate"]) for method, choice in chosen.items()]
         return found + [cell for of_one_seed in zip(*runs, strict=True) for cell in of_one_seed]
 
+    def possible(self) -> list[Cell]:
+        """All cells that the suite's settings may still ask for: where a learning rate is not chosen, the final cells
+        of every rate."""
+        undecided = [(method, rate) for method in self.waiting() for rate in self.suite.rates(method)]
+        return self.cells() + [cell for method, rate in undecided for cell in self.final(method, rate)]
+
     def waiting(self) -> dict[str, int]:
         """Final cells that wait for their learning rate, by method."""
         return {method: len(self.suite.seeds) for method in self.suite.methods if self.choice(method) is None}
@@ -110,10 +119,13 @@ def open_results(path: str | Path, folder: str | Path | None = None) -> Results:
     """A suite and what its results folder holds. Changes nothing.
 
     Raises:
-        ConfigError: the suite, or one of its methods' settings, is at fault; or the folder is another suite's.
+        ConfigError: the suite, one of its methods' settings or its published figures are at fault; or the folder is
+            another suite's.
     """
     suite = load_suite(path)
     check_methods(suite)
+    if suite.published:
+        figures_of(read_publication(Path(suite.published.path)), suite.published)
     results = Results(suite, Path(folder or Path("benchmarks/results") / suite.name).expanduser())
     if results.folder.exists() and not results.folder.is_dir():
         raise ConfigError(f"--output: {results.folder} is a file.", "Name a folder.")

@@ -19,6 +19,7 @@ from ..errors import Interrupted
 from ..run_directory import RunDirectory, storage_errors, write_whole
 from .cell import UNTIL_CLOSED, spec_of
 from .cells import Cell
+from .published import FILE
 from .records import read_record, write_record
 from .results import Results
 from .suite import to_yaml
@@ -82,6 +83,8 @@ class Bench:
                     self._collect()
             finally:
                 self._end_all()
+            with storage_errors(self.results.folder):
+                self._put_aside()  # final cells of a rate that this search did not choose
             self._write_tuning()
         if self.stopped:
             raise Interrupted(
@@ -99,12 +102,25 @@ class Bench:
                 if path.is_dir():
                     shutil.rmtree(path)
             write_whole(folder / "suite.yaml", to_yaml(results.suite))
+            if published := results.suite.published:
+                write_whole(folder / FILE, Path(published.path).read_text(encoding="utf-8"))
+            else:
+                (folder / FILE).unlink(missing_ok=True)
         for name, problem in results.damaged.items():
             self.say(f"{problem} It is made again.")
             (folder / "cells" / f"{name}.json").unlink(missing_ok=True)
         self._take_back()
+        self._put_aside()
+        known = {cell.name for cell in results.possible()}
+        for log in self.work.glob("*.log"):
+            if log.stem not in known:
+                log.unlink()
+
+    def _put_aside(self) -> None:
+        """Move what is not of this suite's settings to other/; forget failures of cells that it does not have."""
+        folder, results = self.results.folder, self.results
         results.read()
-        known = {cell.name for cell in results.cells()}
+        known = {cell.name for cell in results.possible()}
         for place, names in (("cells", results.records), ("failed", results.failures)):
             other = [name for name in names if name not in known]
             for name in other:
@@ -117,9 +133,6 @@ class Bench:
             if other and place == "cells":
                 self.say(f"{len(other)} records are of other settings than the suite's now: moved to {folder}/other.")
         results.read()
-        for log in self.work.glob("*.log"):
-            if log.stem not in known:
-                log.unlink()
 
     def _take_back(self) -> None:
         """Records that were put aside and are of the suite's settings again."""
@@ -287,10 +300,10 @@ def _figure(record: dict[str, Any]) -> str:
     """The number that a person wants to see of a record."""
     info = record["train_info"]
     primary = info["primary"]
-    if record["run_info"]["kind"] == "tuning":
-        return f"{primary} {info['eval_curve'][-1][primary]:.4f} (eval)"
-    found = info["metrics_after"] or info["metrics_before"]
-    return f"{primary} {found[primary]:.4f}"
+    tuning = record["run_info"]["kind"] == "tuning"
+    found = info["eval_curve"][-1] if tuning else info["metrics_after"] or info["metrics_before"] or {}
+    value = found.get(primary)
+    return f"{primary} {'not finite' if value is None else format(value, '.4f')}" + (" (eval)" if tuning else "")
 
 
 def _environment(jobs: int) -> dict[str, str]:

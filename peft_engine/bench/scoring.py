@@ -216,7 +216,7 @@ def _untouched(found: Results, base: Sums | None, drawn: Sums | None) -> None:
 
 
 def _numbers(of: dict[int, Record], when: str = "metrics_after") -> list[str]:
-    counts = {"rows", "tokens", "words", "words_lost", "entities", "chance"}
+    counts = {"rows", "tokens", "words", "words_lost", "entities", "chance", "generated_rows"}
     names = {name: None for one in of.values() for name in one["train_info"].get(when) or {} if name not in counts}
     return list(names)
 

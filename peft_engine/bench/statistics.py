@@ -211,17 +211,16 @@ def gain_kept(method: Sample, reference: Sample, before: Sample) -> Interval | N
 
 
 def ratio(method: Mapping[int, float], reference: Mapping[int, float]) -> Interval | None:
-    """Median over seeds of the method by that of the reference; low and high: the range over seeds, paired by number.
+    """Method by reference, seed by seed: the median of these ratios, and their range.
 
-    Where no seed is shared, the range is that of all pairs. None where one side is empty or the reference is 0.
+    Where no seed is shared, of all pairs. None where one side is empty or the reference is 0.
     """
     if not method or not reference or min(reference.values()) <= 0:
         return None
-    value = float(np.median(list(method.values())) / np.median(list(reference.values())))
     shared = [seed for seed in method if seed in reference]
     each = [method[seed] / reference[seed] for seed in shared]
     each = each or [one / other for one in method.values() for other in reference.values()]
-    return Interval(value, min([*each, value]), max([*each, value]))
+    return Interval(float(np.median(each)), min(each), max(each))
 
 
 def _shared(one: Sample, other: Sample) -> tuple[Sample, Sample] | None:

@@ -89,6 +89,17 @@ class GeneralText(Section):
     """Tokens of a window."""
 
 
+class Published(Section):
+    """Where published figures for the same methods stand."""
+
+    path: str
+    """YAML file, as benchmarks/published/*.yaml."""
+    task: str | None = None
+    """Only the figures of this task; null is all."""
+    metrics: dict[str, str] = {}
+    """The publication's name of a metric → the engine's; `per_class.CLASS.f1` is one class's."""
+
+
 class Suite(Section):
     """A benchmark. Paths are relative to the current directory."""
 
@@ -112,8 +123,8 @@ class Suite(Section):
     """By name."""
     general_text: GeneralText | None = None
     """Causal LM: measure forgetting on it."""
-    published: str | None = None
-    """YAML file of figures that others published for the same methods."""
+    published: Published | None = None
+    """Figures that others published for the same methods: the report shows them beside ours."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Stated limit of the whole suite on the machine that it was made for."""
 
@@ -124,6 +135,12 @@ class Suite(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Suite":
         faults = [*_taken(self.config, "config"), *self._repeated()]
+        sections = ("model", "data", "training", "evaluation", "budget")
+        faults += [
+            f"config.{name}: got {self.config[name]!r}, expected settings written `key: value`"
+            for name in sections
+            if not isinstance(self.config.get(name, {}), dict)
+        ]
         for name, method in self.methods.items():
             faults += _taken({"training": method.training}, f"methods.{name}")
             faults += [
@@ -222,6 +239,7 @@ def _names(where: KeyPath) -> list[str]:
     if len(where) == 1:
         return list(Suite.model_fields)
     sections: dict[str, type[BaseModel]] = {
-        "budget": RunBudget, "tuning": Tuning, "methods": Method, "general_text": GeneralText
+        "budget": RunBudget, "tuning": Tuning, "methods": Method, "general_text": GeneralText,
+        "published": Published,
     }  # fmt: skip
     return list(sections[str(where[0])].model_fields)

@@ -7,8 +7,10 @@ from statistics import median
 from typing import Any
 
 from .claims import claims
+from .published import FILE, beside, read_publication
 from .scoring import MEASURED, Record, Results, info, unplaced
 from .statistics import Interval, class_scores, gain_kept, interval, paired, ratio, totals
+from .suite import Published
 
 MEMORY = ("weights", "gradients", "optimizer", "activations")
 _ID_FIELDS = ("hardware", "versions", "git", "data_digest", "weights_digest", "kernels")
@@ -35,6 +37,7 @@ def table(found: Results) -> dict[str, Any]:
         "before": _before(found),
         "claims": claims(found, rows),
         "results": rows,
+        "published": _published(found, rows),
         "cells": [_cell(record) for record in records],
         "learning_rates": _learning_rates(found),
         "failed": failed,
@@ -94,6 +97,13 @@ def _row(found: Results, method: str) -> dict[str, Any]:
     }
     meta = {name: (first.get("meta_info") or {}).get(name) for name in ("hardware", "versions", "kernels")}
     return {"name": method, "run_info": run, "train_info": facts, "meta_info": meta}
+
+
+def _published(found: Results, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Published figures beside ours; None where the suite names none."""
+    if not found.suite.get("published"):
+        return None
+    return beside(read_publication(found.folder / FILE), Published(**found.suite["published"]), rows)
 
 
 def share(found: Results, method: str, name: str) -> dict[str, Any] | None:
@@ -197,6 +207,8 @@ def _failed(found: Results) -> list[dict[str, Any]]:
             told_by = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             told_by = {"reason": f"its record can't be read ({type(error).__name__})"}
+        if not isinstance(told_by, dict):
+            told_by = {"reason": "its record is no JSON object"}
         log = told_by.get("log_tail") or ""
         log = "\n".join(map(str, log)) if isinstance(log, list) else str(log)
         line = {

@@ -146,7 +146,7 @@ def record(method: str, seed: int, items: dict[str, Any], kind: str = "final", *
             "git": {"commit": "0123abc", "dirty": False},
             "data_digest": "d" * 8,
             "weights_digest": "w" * 8,
-            "kernels": {"backend": "torch", "swapped": 24},
+            "kernels": {"backend": "torch", "swapped": changes.get("swapped", {"layer_norm": 13, "lora_linear": 36})},
             "decisions": {},
         },
     }

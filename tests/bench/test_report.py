@@ -105,13 +105,13 @@ def test_differences_and_gains_are_those_of_the_raw_rows(folder, found):
 
 
 def test_times_memory_and_shares_are_those_of_the_records(folder, found):
-    ours, full = ([one["train_info"] for one in raw(folder, name).values()] for name in ("lora", "full"))
+    ours, full = ([one["train_info"] for _, one in sorted(raw(folder, n).items())] for n in ("lora", "full"))
     facts = row_of(found, "lora")["train_info"]
     steps = [one["step_seconds"]["p50"] for one in ours]
     assert facts["step_seconds"]["median"] == median(steps)
     assert (facts["step_seconds"]["low"], facts["step_seconds"]["high"]) == (min(steps), max(steps))
     for name in ("peak_bytes", "cost_usd"):
-        known = median(one[name] for one in ours) / median(one[name] for one in full)
+        known = median(one[name] / other[name] for one, other in zip(ours, full, strict=True))
         assert facts["shares"][name]["ratio"] == pytest.approx(known)
     for part, size in facts["memory"].items():
         assert size == median(one["memory"][part] for one in ours)
@@ -201,6 +201,30 @@ def test_against_another_reference_there_is_no_claim(tmp_path):
     found = write_report(tmp_path)
     assert found["claims"] == []
     assert row_of(found, "other")["train_info"]["difference"]["accuracy"] is not None
+
+
+def test_lora_that_did_not_run_fused_proves_nothing(tmp_path):
+    write_suite(tmp_path, ["full", "lora"], [0])
+    for name in ("full", "lora"):
+        write(tmp_path, record(name, 0, class_items(0.9, 0), swapped={"layer_norm": 13}))
+    found = write_report(tmp_path)
+    assert [line["verdict"] for line in found["claims"]] == ["unknown"] * 3
+    assert "none of its LoRA layers ran fused" in found["summary"][0]
+
+
+def test_what_was_swapped_is_told_by_method(tmp_path):
+    write_suite(tmp_path, ["full", "lora", "head"], [0])
+    swapped = {"layer_norm": 13}
+    write(tmp_path, record("full", 0, class_items(0.9, 0), swapped=swapped))
+    write(tmp_path, record("head", 0, class_items(0.8, 0), swapped=swapped))
+    write(tmp_path, record("lora", 0, class_items(0.9, 0)))
+    found = write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    told = next(line for line in page.splitlines() if line.startswith("- Kernels"))
+    assert told.count("torch") == 2
+    assert "lora: torch (layer\\_norm 13, lora\\_linear 36)" in told
+    assert "full, head: torch (layer\\_norm 13)" in told
+    assert not any("kernels" in line for line in found["notes"])
 
 
 def test_a_damaged_record_is_named_and_in_no_number(copied, found):

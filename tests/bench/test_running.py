@@ -65,7 +65,9 @@ def started(place: Path) -> list[str]:
 def test_the_search_comes_before_the_final_cells_that_need_it(go, place):
     results = go({"lora/rate-0.001": [0.1, 0.9], "lora/rate-0.01": [0.95, 0.8]})
     assert titles(place / "out") == ALL
-    assert started(place)[0] == "baseline"
+    order = started(place)
+    assert order[0] == "baseline"
+    assert order[-4:] == ["full/seed-0", "lora/seed-0", "full/seed-1", "lora/seed-1"], "seed by seed"
     chosen = results.choice("lora")
     assert (chosen["learning_rate"], chosen["edge"]) == (1e-3, None), "by the last evaluation, not the best"
     finals = [cell for cell in results.cells() if (cell.method, cell.kind) == ("lora", "final")]
@@ -118,6 +120,60 @@ def test_a_damaged_record_is_named_and_made_again(go, place):
     assert sorted(started(place)) == ["full/seed-0", "full/seed-1"]
     assert all(any(path.name in line for line in go.said) for path in broken)
     assert content(place / "out") == before
+
+
+def test_a_damaged_search_record_costs_that_record_only(go, place):
+    go({"lora/rate-0.001": [0.1, 0.9]})
+    before = content(place / "out")
+    started(place)
+    broken = sorted((place / "out/cells").glob("lora-tuning-*.json"))[0]
+    broken.write_text(broken.read_text()[:-40])
+    go(only="full")
+    assert started(place) == []
+    assert len(list((place / "out/cells").glob("lora-final-*.json"))) == 2, "they wait for the search"
+    go()
+    assert len(started(place)) == 1
+    assert content(place / "out") == before
+    assert not (place / "out/other").exists()
+
+
+def test_a_search_that_chooses_otherwise_puts_the_old_final_cells_aside(go, place):
+    go({"lora/rate-0.001": [0.1, 0.9]})
+    broken = sorted((place / "out/cells").glob("lora-tuning-1000-0.01-*.json"))[0]
+    broken.write_text(broken.read_text()[:-40])
+    results = go({"lora/rate-0.001": [0.1, 0.9], "lora/rate-0.01": [0.1, 0.99]})
+    assert [cell.learning_rate for cell in results.cells() if cell.name.startswith("lora-final")] == [0.01, 0.01]
+    assert titles(place / "out") == ALL
+    assert len(list((place / "out/other").glob("lora-final-*.json"))) == 2
+
+
+@pytest.mark.parametrize("content", ["NaN", "1e999", '"\\ud800"', "[" * 100000])
+def test_a_record_that_no_checksum_can_be_made_of_is_damaged(go, place, content):
+    go()
+    broken = sorted((place / "out/cells").glob("full-final-*.json"))[0]
+    broken.write_text(broken.read_text().replace('"key":', f'"x": {content}, "key":', 1))
+    assert set(open_results("suite.yaml", "out").damaged) == {broken.stem}
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{"])
+def test_a_failure_that_cannot_be_read_is_none(go, place, content):
+    go({"full/seed-1": "fail 4"})
+    failed = next((place / "out/failed").glob("full-final-1-*.json"))
+    failed.write_text(content)
+    assert open_results("suite.yaml", "out").failures == {}
+    go({})
+    assert titles(place / "out") == ALL
+
+
+def test_a_name_that_no_cell_has_is_refused(place):
+    from click.testing import CliRunner
+
+    from peft_engine.cli import cli
+
+    for pattern, told in (("lroa", "has such a name."), ("lora-final", "yet: they wait for their learning rates")):
+        outcome = CliRunner().invoke(cli, ["bench", "suite.yaml", "--output", "out", "--only", pattern])
+        assert isinstance(outcome.exception, ConfigError)
+        assert told in outcome.exception.problem
 
 
 def test_a_failure_does_not_stop_the_others_and_is_tried_again(go, place):
@@ -252,12 +308,14 @@ def test_killed_and_resumed_it_gives_the_same_records(go, place):
     process.kill()
     process.communicate()
     assert gone(sleeper(place)), "a cell ends with its bench"
-    assert titles(place / "killed") == [name for name in ALL if not name.startswith("lora-final")]
+    assert titles(place / "killed") == [
+        name for name in ALL if name not in ("lora-final-0", "full-final-1", "lora-final-1")
+    ]
     assert not list((place / "killed").rglob("*.part"))
     (place / "table.json").write_text("{}")
     started(place)
     assert Bench(open_results("suite.yaml", "killed"), print, program=FAKE).run() is None
-    assert started(place) == ["lora/seed-0", "lora/seed-1"]
+    assert started(place) == ["lora/seed-0", "full/seed-1", "lora/seed-1"]
     go()
     assert content(place / "killed") == content(place / "out")
 

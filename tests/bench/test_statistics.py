@@ -227,7 +227,8 @@ def test_pairs_are_by_seed_number():
 def test_ratios_are_of_medians_with_the_range_over_pairs():
     assert ratio({0: 1.0, 1: 2.0, 2: 9.0}, {0: 4.0, 1: 4.0, 2: 6.0}) == Interval(0.5, 0.25, 1.5)
     assert ratio({0: 1.0}, {}) is None
-    assert ratio({5: 3.0}, {0: 1.0, 1: 2.0}) == Interval(2.0, 1.5, 3.0)
+    assert ratio({5: 3.0}, {0: 1.0, 1: 2.0}) == Interval(2.25, 1.5, 3.0)
+    assert ratio({0: 1.0, 1: 2.0, 2: 3.0}, {0: 3.0, 1: 1.0, 2: 2.0}) == Interval(1.5, 1 / 3, 2.0), "seed by seed"
 
 
 def covered(seeds, items, worlds, seed_noise, item_noise, both_noise):

@@ -46,6 +46,8 @@ def changed(**places):
         (changed(general_text={"path": "x"}), "general_text: measures language models"),
         (changed(methods__baseline={"adapter": {"method": "full"}}), "methods.baseline: this name is"),
         (changed(methods={}), "methods"),
+        (changed(config__training=[]), "config.training: got \\[\\], expected settings written"),
+        (changed(config__data="x"), "config.data: got 'x', expected settings written"),
     ],
 )
 def test_faults_of_a_suite(tree, said):
