@@ -27,7 +27,6 @@ from .linear import RANK, SALT, SCALE, SHAPES, _Inputs, ours, peft_layer, step, 
 from .step import LARGE, SMALL, TINY, Shape, llama, step_flops
 from .training import Subject, adapted, fused, loss_and_gradients, plain
 
-
 LINEAR_BOUNDS = {"int8": 0.02, "fp8": 0.05}
 STEP_BOUNDS = {"int8": (0.005, 0.15), "fp8": (0.01, 0.35)}  # of the loss, of gradients
 GOALS = {"lora_linear forward+backward": 1.6, "training step": 1.45}
