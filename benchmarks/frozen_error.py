@@ -10,8 +10,8 @@ training batch tells the outliers, the next one is measured, in eval mode:
                the rounded layers against float64
     gradients  of every adapter tensor, all layers rounded at once, against the same model in float64
 
-Relative error is ‖ours − truth‖ / ‖truth‖. Padded positions are left out of the layers. Exits with 1 where the cosine of
-a layer, in its outputs or its dx, is below 0.999.
+Relative error is ‖ours − truth‖ / ‖truth‖. Padded positions are left out of the layers. Exits with 1 where the cosine
+of a layer, in its outputs or its dx, is below 0.999.
 """
 
 import argparse
