@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import processes
 from .adapters.data_start import DataStart
-from .adapters.fusing import fuse, row_seeds
+from .adapters.fusing import FrozenRecord, fuse, row_seeds
 from .adapters.group import Group, MemberSpec
 from .adapters.methods import adapt
 from .adapters.neftune import Neftune
@@ -37,6 +37,9 @@ from .training.isolation import batches_packs, prove_isolation, refuse_leaky
 from .training.optim import make_optimizer
 from .training.state import Trainee
 
+CALIBRATION_ROWS = 16
+"""Rows of the first training batch that errors and outliers of frozen linears are measured on."""
+
 
 def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, EncodedSet]:
     """Every split that there is, tokenised (from the cache where it holds them): by the first process, for all. What is
@@ -57,9 +60,18 @@ def encode_splits(task: Task, splits: Splits, config: Config) -> dict[str, Encod
 
 
 def build_group(
-    task: Task, config: Config, runtime: Runtime, data: dict[str, EncodedSet], specs: list[MemberSpec] | None = None
+    task: Task,
+    config: Config,
+    runtime: Runtime,
+    data: dict[str, EncodedSet],
+    specs: list[MemberSpec] | None = None,
+    record: FrozenRecord | None = None,
 ) -> Group:
-    """The backbone on its device with the members of `specs` (one, of the config, by default)."""
+    """The backbone on its device with the members of `specs` (one, of the config, by default).
+
+    Args:
+        record: what was decided about frozen linears when this run began; None decides now.
+    """
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
     had_balance = without_balance_loss(backbone.model)
     if config.data.packing:
@@ -79,8 +91,7 @@ def build_group(
         shard(group, runtime)
     processes.copy_first([t.data for member in group.members for t in member.all_tensors().values()])
     if config.kernels != "off":
-        group.fused = fuse(group.model, config.kernels)
-        group.rows = row_seeds(group.model)
+        fuse_group(group, task, config, runtime, data["train"], record)
     if config.training.gradient_checkpointing:
         if not backbone.model.supports_gradient_checkpointing:
             raise ConfigError(
@@ -93,6 +104,43 @@ def build_group(
         for member in group.members:
             prove_isolation(group, member, task, runtime)
     return group
+
+
+def fuse_group(
+    group: Group,
+    task: Task,
+    config: Config,
+    runtime: Runtime,
+    data: EncodedSet,
+    record: FrozenRecord | None = None,
+) -> None:
+    """Fuse the model, and freeze its linears as `model.frozen_compute` says, in place. Adapters must have their start:
+    some of them are made of the weights.
+
+    Args:
+        record: what was decided about frozen linears before; None decides now, on the first training rows.
+    """
+    settings, spec = config.model, group.members[0].spec
+
+    def calibrate() -> None:
+        plan = BatchPlan(data.lengths, config.training.batch_size, spec.seed, config.data.group_by_length)
+        batch = to_device(task.collate(data, plan.rows(1)[:CALIBRATION_ROWS]), runtime.device)
+        with runtime.accelerator.autocast():
+            task.forward(group.model, batch)
+
+    group.activate(group.members[0])
+    group.fused = fuse(
+        group.model,
+        config.kernels if config.kernels != "off" else "auto",
+        settings.frozen_compute,
+        frozen_outliers=settings.frozen_outliers,
+        frozen_error_bound=settings.frozen_error_bound,
+        frozen_head=settings.frozen_head,
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.precision),
+        calibrate=calibrate,
+        record=record,
+    )
+    group.rows = row_seeds(group.model)
 
 
 def _data_start(task: Task, config: Config, runtime: Runtime, data: EncodedSet) -> DataStart:

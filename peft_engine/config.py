@@ -6,15 +6,15 @@ is checked in `config_checks`. Contract: DESIGN.md, "Config".
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from peft_engine.answers import AnswerKind
 from peft_engine.config_checks import cross_faults, dotted
 from peft_engine.config_methods import MethodName
+from peft_engine.config_model import ModelConfig, Pattern, Section
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
-Pattern = Annotated[str, Field(min_length=1)]
 TaskName = Literal[
     "causal-lm",
     "text-classification",
@@ -43,46 +43,6 @@ Part = Literal[
     "chosen",
     "rejected",
 ]
-
-
-class Section(BaseModel):
-    """A block of settings. Strict: no unknown key, no silent conversion of strings to numbers."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class ModelConfig(Section):
-    path: str
-    """Hub id or local folder of the backbone."""
-    hub_id: str | None = None
-    """Where the same model lives on the hub; named in messages when `path` is not there, never fetched by itself."""
-    revision: str | None = None
-    """Hub revision: branch, tag or commit."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the frozen weights. `auto`: float32 on CPU and MPS, and wherever all weights are trained; else as
-    stored."""
-    quantization: Literal["none"] = "none"
-    """Weight quantisation of the frozen backbone."""
-    frozen_compute: Literal["full"] = "full"
-    """Precision of the frozen matrix products."""
-    pooling: Literal["auto", "model", "mean"] = "auto"
-    """Text classification: `model` is the model's own pooler and head, `mean` averages the last hidden states over real
-    tokens. `auto` reads a sentence-transformers `1_Pooling/config.json` where there is one, and takes `mean` where the
-    model's own pooler has no pretrained weights; else `model`."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention code of transformers; `auto` is its own choice. `flash_attention_2` needs CUDA, 16-bit computation and
-    the package flash-attn."""
-    new_tokens: list[Pattern] = []
-    """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Never on by itself."""
 
 
 class LayersConfig(Section):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peft_engine.config_frozen import frozen_faults
 from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
 from peft_engine.config_options import option_faults
 from peft_engine.config_preference import preference_faults
@@ -159,6 +160,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
         _parallel,
     ):
         faults.extend(check(values))
+    faults.extend(Fault(("model", name), text) for name, text in frozen_faults(values))
     faults.extend(_options(values))
     return faults
 

@@ -192,7 +192,7 @@ ADVICE = {
     "micro_batch_size how many are in memory at once; accumulation follows from the two",
     "max_kwh": "not in this version; budget has max_usd and max_hours",
     "load_in_4bit": "not in this version; model.quantization has none only",
-    "load_in_8bit": "not in this version; model.quantization has none only",
+    "load_in_8bit": "not in this version; model.frozen_compute: int8 keeps frozen weights in one byte each",
     "bnb_4bit_quant_type": "not in this version; model.quantization has none only",
     "push_to_hub": "not in this version; the adapter folder of the run can be uploaded as it is",
     "hf_token": "secrets never stand in a configuration; set HF_TOKEN in the environment",
@@ -203,7 +203,6 @@ ADVICE = {
 
 NOT_YET = {
     "model.quantization": "nf4 fp4 int8 4bit 8bit int4 gptq awq gguf fp8",
-    "model.frozen_compute": "int8 fp8",
     "adapter.method": "reft galore lisa qlora qalora",
 }
 """Values of the design, or of peft, that this version does not have."""
@@ -220,6 +219,15 @@ VALUES = {
         "regression": "text-classification, with data.label_type: regression",
     },
     "model.dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"},
+    "model.frozen_compute": {
+        "none": "full",
+        "fp32": "full",
+        "bfloat16": "bf16",
+        "8bit": "int8",
+        "float8": "fp8",
+        "e4m3": "fp8",
+    },
+    "model.frozen_outliers": {"smoothquant": "smooth", "off": "none", "llm.int8": "columns"},
     "model.pooling": {"cls": "model", "pooler": "model", "avg": "mean", "average": "mean"},
     "adapter.method": {
         "dora": "lora, with adapter.dora: true",

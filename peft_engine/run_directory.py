@@ -24,6 +24,7 @@ OWN = (
     "metrics.jsonl",
     "failure.json",
     "dropped.jsonl",
+    "frozen.safetensors",
     "checkpoints",
     "adapter",
     "merged",

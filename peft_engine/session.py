@@ -9,6 +9,8 @@ import torch
 
 from . import processes
 from .adapters.files import WEIGHTS
+from .adapters.fusing import FrozenRecord
+from .adapters.fusing.frozen_record import FILE, read_record, write_record
 from .adapters.group import Member
 from .adapters.sharding import held_bytes
 from .building import build_group, encode_splits, make_trainees
@@ -64,7 +66,7 @@ class Run:
             self.view.say(f"rows: {rows}; loading {config.model.path} on {self.runtime.device.type}")
             self.task = make_task(config, self.splits.labels)
             self.data = encode_splits(self.task, self.splits, config)
-            self.group = build_group(self.task, config, self.runtime, self.data)
+            self.group = build_group(self.task, config, self.runtime, self.data, record=self._frozen_before())
             self._refuse_other_processes()
         if told := self.group.decisions().get("balance_loss"):
             self.view.warn(f"{told[0].upper()}{told[1:]}.")
@@ -73,7 +75,8 @@ class Run:
             1, round(config.training.epochs * self.trainees[0].plan.steps_per_epoch)
         )
         self._open()
-        for said in self._dropout().values():
+        self._keep_frozen()
+        for said in (*self._dropout().values(), *self._frozen().values()):
             self.view.say(said)
         self.trackers.start(self.trainees[0].step)
         if not self.before:
@@ -97,6 +100,20 @@ class Run:
         self.directory.forget_failure()
         processes.barrier()
         return summary
+
+    def _frozen_before(self) -> FrozenRecord | None:
+        """What a run that goes on had decided about frozen linears; None where it decides now."""
+        if self.config.model.frozen_compute == "full" or not self.resume:
+            return None
+        begun = processes.from_first(lambda: bool(complete_checkpoints(self.directory.checkpoints)))
+        return processes.from_first(lambda: read_record(self.directory.path / FILE)) if begun else None
+
+    def _keep_frozen(self) -> None:
+        """Write what was decided about frozen linears, so that the run can be resumed and used as it trained."""
+        record = None if self.group.fused is None else self.group.fused.record
+        if record is not None and self.directory.writes:
+            with storage_errors(self.directory.path / FILE):
+                write_record(record, self.directory.path / FILE)
 
     def _open(self) -> None:
         """Begin the run directory, or put everything back where its newest complete checkpoint was."""
@@ -298,6 +315,13 @@ class Run:
             "micro-batch: another number of either gives another curve; set adapter.dropout to 0 to make them alike"
         }
 
+    def _frozen(self) -> dict[str, str]:
+        """For run.json: the format of the frozen linears, and how it came about."""
+        fused = self.group.fused
+        if fused is None or fused.record is None:
+            return {}
+        return {"frozen_compute": fused.told()}
+
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         trainee = self.trainees[0]
         trainable, total = self.group.parameter_counts(trainee.member)
@@ -356,11 +380,10 @@ class Run:
                 **self.runtime.why,
                 **self.group.decisions(),
                 **self._dropout(),
+                **self._frozen(),
                 "kernels": "off: plain PEFT" if fused is None else fused.why,
             },
-            "kernels": None
-            if fused is None
-            else {"backend": fused.backend, "swapped": fused.counts(), "skipped": fused.skipped},
+            "kernels": None if fused is None else fused.to_json(),
             "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
             "processes": self._processes(),
             "hardware": hardware(),

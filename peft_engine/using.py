@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from .adapters.files import load_adapter
+from .adapters.fusing import FrozenRecord, fuse, row_seeds
+from .adapters.fusing.frozen_record import FILE, read_record
 from .adapters.group import Group
 from .adapters.new_rows import with_new_tokens
 from .building import refuse_too_long
@@ -38,7 +40,7 @@ from .tasks.base import Generates
 from .tasks.items import item_kind
 from .tasks.seq2seq import Seq2Seq
 
-IN_FULL = ("model.frozen_compute=full",)
+IN_FULL = ("model.frozen_compute=full", "model.frozen_outliers=none", "model.frozen_head=full")
 """Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
 MERGE = "merge.json"
 
@@ -62,8 +64,8 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
         path: the run directory, or the config whose `output` it is.
 
     Raises:
-        ConfigError: there is no finished run.
-        StorageError: its adapter is damaged, or not this model's.
+        ConfigError: there is no finished run, or its weights were rounded to a format that this device lacks.
+        StorageError: its adapter is damaged, or not this model's; what was decided about frozen linears is missing.
     """
     folder, config = find_run(path, overrides)
     labels = read_labels(folder / "adapter")
@@ -73,7 +75,20 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
     task = make_task(config, labels)
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
     group = load_adapter(backbone, config, folder / "adapter")
+    if config.model.frozen_compute != "full":
+        _freeze_as_trained(group, config, read_record(folder / FILE))
     return Opened(folder, config, labels, task, runtime, group)
+
+
+def _freeze_as_trained(group: Group, config: Config, record: FrozenRecord) -> None:
+    """Round the weights that were rounded in training, so that outputs are those that were trained.
+
+    Raises:
+        ConfigError: this device lacks the format.
+    """
+    if record.format is not None:
+        group.fused = fuse(group.model, "torch" if config.kernels == "torch" else "auto", record=record)
+        group.rows = row_seeds(group.model)
 
 
 def evaluate(

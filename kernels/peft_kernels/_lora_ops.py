@@ -1,8 +1,11 @@
 """The products of `lora_linear`, each on both backends. 2-D tensors, x (M, K); see `lora_linear` for the math."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from . import _compiled as compiled
 from .dropout import drop_into, dropped, keep_rate
 
 
@@ -82,6 +85,61 @@ def down_back(
         buffer.index_fill_(0, indices, 0)
         dx.add_(buffer[:-1].view(rows, features))
     return da
+
+
+def down_sparse(x: Tensor, a: Tensor, p: float, seeds: Tensor | None, ranks: Sequence[tuple[int, int]]) -> Tensor:
+    """S (M, R) of adapters with masks of their own: x·Aᵀ of all, less what the dropped elements gave.
+
+    Args:
+        a: (R, K), the A's above each other; fp32 on a CPU with compiled passes, as x.
+        ranks: (rank, salt) of each.
+    """
+    assert seeds is not None
+    low, up, first = torch.mm(x, a.t()), a.t().contiguous(), 0
+    for rank, salt in ranks:
+        own, places = slice(first, first + rank), _places(x.shape[0], x.shape[1], p, seeds, salt)
+        compiled.call(
+            "drop_down", places, seeds.numel(), places.numel() // max(1, seeds.numel()), *x.shape, x, compiled.pitch(x),
+            up[:, own], up.shape[1], rank, low[:, own], low.shape[1],
+        )  # fmt: skip
+        first += rank
+    return low.mul_(1 / keep_rate(p, False))
+
+
+def down_back_sparse(
+    d_low: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    dx: Tensor | None,
+    p: float,
+    seeds: Tensor | None,
+    ranks: Sequence[tuple[int, int]],
+) -> Tensor | None:
+    """`down_back` of such adapters: dA (R, K), None without x; adds Σ mask ⊙ (dS·A) / keep_rate into dx."""
+    assert seeds is not None
+    d_low = d_low / keep_rate(p, False)
+    rows, features = d_low.shape[0], a.shape[1]
+    da = None if x is None else torch.mm(d_low.t(), x)
+    if dx is not None:
+        dx.addmm_(d_low, a)
+    up, first = a.t().contiguous(), 0
+    pieces = min(torch.get_num_threads(), max(1, seeds.numel()))
+    for rank, salt in ranks:
+        own, places = slice(first, first + rank), _places(rows, features, p, seeds, salt)
+        sums = None if x is None else torch.zeros(pieces, features, rank)
+        compiled.call(
+            "drop_back", places, seeds.numel(), places.numel() // max(1, seeds.numel()), rows, features,
+            x, 0 if x is None else compiled.pitch(x), d_low[:, own], d_low.shape[1], up[:, own], up.shape[1], rank,
+            dx, 0 if dx is None else compiled.pitch(dx), sums, pieces,
+        )  # fmt: skip
+        if da is not None and sums is not None:
+            da[own] -= sums.sum(0).t()
+        first += rank
+    return da
+
+
+def _places(rows: int, features: int, p: float, seeds: Tensor, salt: int) -> Tensor:
+    return dropped(seeds, salt, rows // max(1, seeds.numel()) * features, p)
 
 
 @torch.library.custom_op("peft_kernels::lora_down", mutates_args=())

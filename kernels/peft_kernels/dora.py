@@ -16,6 +16,7 @@ where the magnitude is trained), magnitude, norm.
 Shapes: W (N, K), A (r, K), B (N, r), magnitude and norm (N,), the rest (..., N).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._launch import Backend, compute_dtype, use_triton
+from .frozen_weight import FrozenWeight
 
 CHUNK_ROWS = 1024
 """Rows of a narrow weight widened to fp32 at a time: bounds the temporary of `weight_norm`."""
@@ -52,19 +54,27 @@ def magnify_dropped_reference(
 
 
 @torch.no_grad()
-def squared_norm(weight: Tensor, *, transposed: bool = False) -> Tensor:
+def squared_norm(weight: Tensor | FrozenWeight, *, transposed: bool = False) -> Tensor:
     """‖W‖² of each output row, (N,) in fp32 (fp64 for fp64). Constant while W is frozen: make it once and keep it.
 
     Args:
-        weight: (N, K), or (K, N) where `transposed`.
+        weight: (N, K), or (K, N) where `transposed`; or codes, which count with their rounding.
     """
+    if isinstance(weight, FrozenWeight):
+        return torch.cat([squared_norm(rows) for rows in weight.pieces(CHUNK_ROWS)])
     wide = compute_dtype(weight)
     return torch.linalg.vector_norm(weight, dim=0 if transposed else 1, dtype=wide).square_()
 
 
 @torch.no_grad()
 def weight_norm(
-    weight: Tensor, A: Tensor, B: Tensor, scale: float, *, squared: Tensor | None = None, transposed: bool = False
+    weight: Tensor | FrozenWeight,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    *,
+    squared: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Length of each row of W + scale·B·A, without making B·A. A constant to autograd, as in PEFT.
 
@@ -72,7 +82,8 @@ def weight_norm(
     the adapter cancels the weight.
 
     Args:
-        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D). Any floating dtype.
+        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D). Any floating dtype, or codes (N, K), whose numbers
+            count as they are, with their rounding.
         A: (r, K).
         B: (N, r).
         scale: alpha / r.
@@ -84,19 +95,24 @@ def weight_norm(
     Raises:
         ValueError: the shapes do not fit.
     """
-    outputs, inputs = (weight.T if transposed else weight).shape if weight.dim() == 2 else (0, 0)
-    if weight.dim() != 2 or A.dim() != 2 or A.shape[1] != inputs or B.shape != (outputs, A.shape[0]):
+    flat = len(weight.shape) == 2
+    outputs, inputs = (weight.shape[::-1] if transposed else weight.shape) if flat else (0, 0)
+    if not flat or A.dim() != 2 or A.shape[1] != inputs or B.shape != (outputs, A.shape[0]):
         raise ValueError(
             "weight_norm needs weight (N, K) (or (K, N) with transposed=True), A (r, K) and B (N, r), got "
             f"{tuple(weight.shape)}, {tuple(A.shape)} and {tuple(B.shape)} with transposed={transposed}."
         )
     if squared is not None and squared.shape != (outputs,):
         raise ValueError(f"squared must have shape ({outputs},), got {tuple(squared.shape)}: see squared_norm.")
-    wide = compute_dtype(weight)
+    wide = torch.float32 if isinstance(weight, FrozenWeight) else compute_dtype(weight)
     A, B = A.to(wide), B.to(wide)
     with torch.autocast(weight.device.type, enabled=False):
-        rows = weight.T if transposed else weight
-        pieces = (rows,) if weight.dtype == wide else rows.split(CHUNK_ROWS)
+        pieces: Iterable[Tensor]
+        if isinstance(weight, FrozenWeight):
+            pieces = weight.pieces(CHUNK_ROWS)
+        else:
+            rows = weight.T if transposed else weight
+            pieces = (rows,) if weight.dtype == wide else rows.split(CHUNK_ROWS)
         # 2s·W·Aᵀ + s²·B·(A·Aᵀ), then one product with B: (N, r), small
         cross = torch.cat([piece.to(wide) @ A.T for piece in pieces]).mul_(2 * scale)
         cross.addmm_(B, A @ A.T, alpha=scale**2).mul_(B)

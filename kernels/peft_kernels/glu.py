@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _compiled as compiled
 from ._launch import Backend, compute_dtype, use_triton
 from .activation import activation_gradient, activation_reference, activation_value
 from .recompute import remember
@@ -54,10 +55,12 @@ def _(dh: Tensor, gate: Tensor, up: Tensor, activation: str, want_h: bool) -> tu
     return h, gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def glu_forward(gate: Tensor, up: Tensor, activation: Gate, triton: bool) -> Tensor:
+def glu_forward(gate: Tensor, up: Tensor, activation: Gate, triton: bool, passes: bool = False) -> Tensor:
     """act(gate) · up without autograd, for use inside another Function. Arguments as `glu`, unchecked."""
     if triton:
         return _forward_op(gate, up, activation)
+    if passes and activation == "silu" and compiled.usable(gate, up):
+        return _swiglu_compiled(gate, up)
     return activation_value(gate.to(compute_dtype(gate)), activation).mul_(up).to(gate.dtype)
 
 
@@ -91,16 +94,35 @@ def _backward_torch(
     return h, activation_gradient(dgate, gate_wide, activation, out=dgate).to(gate.dtype), dup
 
 
+def _swiglu_compiled(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up in one pass over memory."""
+    features = gate.shape[-1]
+    g, u = gate.reshape(-1, features), up.reshape(-1, features)
+    h = torch.empty(gate.shape)
+    compiled.call("swiglu", g, compiled.pitch(g), u, compiled.pitch(u), len(g), features, h)
+    return h
+
+
+def _swiglu_back_compiled(dh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgate, dup) in one pass over memory."""
+    features = gate.shape[-1]
+    rows = [t.reshape(-1, features) for t in (dh, gate, up)]
+    dgate, dup = torch.empty(gate.shape), torch.empty(gate.shape)
+    placed = [part for t in rows for part in (t, compiled.pitch(t))]
+    compiled.call("swiglu_back", *placed, len(rows[0]), features, dgate, dup)
+    return dgate, dup
+
+
 class _Again:
     """Makes h again for the linear that reads it, and leaves act(gate) to the product's own backward, which follows."""
 
-    def __init__(self, activation: Gate, triton: bool) -> None:
-        self.activation, self.triton = activation, triton
+    def __init__(self, activation: Gate, triton: bool, passes: bool = False) -> None:
+        self.activation, self.triton, self.passes = activation, triton, passes and activation == "silu"
         self.value: Tensor | None = None
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        if self.triton:
-            return glu_forward(gate, up, self.activation, True)
+        if self.triton or (self.passes and compiled.usable(gate, up)):
+            return glu_forward(gate, up, self.activation, self.triton, self.passes)
         self.value = activation_value(gate.to(compute_dtype(gate)), self.activation)
         return torch.mul(self.value, up).to(gate.dtype)
 
@@ -114,7 +136,7 @@ class _Glu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, again: _Again) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.again = again
-        return glu_forward(gate, up, again.activation, again.triton)
+        return glu_forward(gate, up, again.activation, again.triton, again.passes)
 
     @staticmethod
     @once_differentiable
@@ -122,13 +144,17 @@ class _Glu(torch.autograd.Function):
         (gate, up), again = ctx.saved_tensors, ctx.again
         if again.triton:
             _, dgate, dup = _backward_op(dh, gate, up, again.activation, False)
+        elif again.passes and compiled.usable(dh, gate, up):
+            dgate, dup = _swiglu_back_compiled(dh, gate, up)
         else:
             value = None if torch.compiler.is_compiling() else again.take()
             _, dgate, dup = _backward_torch(dh, gate, up, again.activation, want_h=False, value=value)
         return dgate, dup, None
 
 
-def glu(gate: Tensor, up: Tensor, activation: Gate = "silu", *, backend: Backend = "auto") -> Tensor:
+def glu(
+    gate: Tensor, up: Tensor, activation: Gate = "silu", *, backend: Backend = "auto", passes: bool = False
+) -> Tensor:
     """Gated activation of an MLP, `act(gate) * up`: SwiGLU with "silu", GeGLU with "gelu" or "gelu_tanh".
 
     Args:
@@ -136,6 +162,7 @@ def glu(gate: Tensor, up: Tensor, activation: Gate = "silu", *, backend: Backend
         up: linear branch, same shape and dtype as `gate`.
         activation: "silu" | "gelu" (erf) | "gelu_tanh".
         backend: "triton", "torch", or "auto" (triton where `gate` lives on CUDA).
+        passes: let compiled passes compute SwiGLU in fp32 on a CPU, where they run: one pass each way, other rounding.
 
     Returns:
         Shape (..., D), dtype of `gate`. Differentiable once in both inputs; neither is modified. It carries the
@@ -153,6 +180,6 @@ def glu(gate: Tensor, up: Tensor, activation: Gate = "silu", *, backend: Backend
         )
     if gate.dtype not in _FLOATS:
         raise ValueError(f"gate must be float16, bfloat16, float32 or float64, got {gate.dtype}. Convert it first.")
-    again = _Again(activation, use_triton(gate, backend))
+    again = _Again(activation, use_triton(gate, backend), passes)
     h: Tensor = _Glu.apply(gate, up, again)
     return remember(h, again, gate, up)

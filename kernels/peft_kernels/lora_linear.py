@@ -10,23 +10,26 @@ Shapes: M tokens, K in, N out, r rank. Saved for backward: x (or, where x is the
 that one saved anyway), every S, and the seeds of the masks. Nothing else of size M×K or M×N.
 
 The frozen GEMM is cuBLAS or oneDNN; s·S·Bᵀ is added into its output. On CUDA the low-rank products and masks are
-Triton kernels (`_lora_ops`).
+Triton kernels (`_lora_ops`). With a `FrozenWeight` in W's place it runs on the units of that format
+(`_frozen_products`): x is rounded once for all that read it; S and dA see x as it is.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _compiled as compiled
 from . import _lora_ops as ops
+from ._frozen_products import LowBack, Update, products, products_back
 from ._launch import Backend, use_triton
+from ._lora_plan import Bundle, Plan, lay_out
 from .dropout import check
-from .recompute import Recipe, recipe_of
+from .frozen_weight import FrozenWeight
+from .recompute import recipe_of
 
 
 @dataclass(frozen=True)
@@ -54,111 +57,54 @@ class Projection:
     """A frozen linear with the adapters that are active on it.
 
     Attributes:
-        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D). It gets no gradient.
+        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D), or a FrozenWeight, always (N, K). It gets no
+            gradient.
         bias: (N,), trained or not.
     """
 
-    weight: Tensor
+    weight: Tensor | FrozenWeight
     bias: Tensor | None = None
     adapters: tuple[Adapter, ...] = ()
     transposed: bool = False
 
 
 def lora_linear_reference(x: Tensor, projection: Projection, masks: Sequence[Tensor] = ()) -> Tensor:
-    """The definition. `masks`: one per adapter, x's shape, 0 or 1/keep_rate; none without dropout."""
-    weight = projection.weight.t() if projection.transposed else projection.weight
-    y = torch.nn.functional.linear(x, weight, projection.bias)
+    """The definition; for a FrozenWeight without rounding x. `masks`: one per adapter, x's shape, 0 or 1/keep_rate;
+    none without dropout."""
+    held = projection.weight
+    weight = held.dequantised().to(x.dtype) if isinstance(held, FrozenWeight) else held
+    y = torch.nn.functional.linear(x, weight.t() if projection.transposed else weight, projection.bias)
     for place, one in enumerate(projection.adapters):
         low = torch.nn.functional.linear(x * masks[place] if masks else x, one.A)
         y = y + torch.nn.functional.linear(low, one.B, one.bias) * one.scale
     return y
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Where one adapter stands: `at` of its A (then B, bias) among the tensors, `projection` it belongs to."""
-
-    projection: int
-    at: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class _Bundle:
-    """Adapters that read the same (dropped) x: all without dropout together, each with dropout alone."""
-
-    p: float
-    salt: int
-    pairs: tuple[_Pair, ...]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Everything of a call that shapes and settings decide. Tensors stand as: seeds, the recipe's inputs, then per
-    projection weight, bias, (A, B, bias)…; `linears` holds (place of the weight, transposed)."""
-
-    linears: tuple[tuple[int, bool], ...]
-    bundles: tuple[_Bundle, ...]
-
-
-@lru_cache(maxsize=4096)
-def _lay_out(settings: tuple[Any, ...], inputs: int) -> _Layout:
-    """`settings`: per projection (transposed, ((scale, p, salt, dtype), …)); `inputs`: tensors of the recipe."""
-    at, linears = 1 + inputs, []
-    bundles: dict[Any, list[Any]] = {}
-    for place, (transposed, adapters) in enumerate(settings):
-        linears.append((at, transposed))
-        at += 2
-        for scale, p, salt, dtype in adapters:
-            key = (p, salt, at) if p else (0.0, 0, dtype)
-            bundles.setdefault(key, []).append(_Pair(place, at, scale))
-            at += 3
-    return _Layout(tuple(linears), tuple(_Bundle(key[0], key[1], tuple(pairs)) for key, pairs in bundles.items()))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A call's layout, how x is made again, autocast's dtype (None outside), and the backend."""
-
-    layout: _Layout
-    recipe: Recipe | None
-    dtype: torch.dtype | None
-    triton: bool
-
-    def cast(self, t: Any) -> Any:
-        return t if t is None or self.dtype is None else t.to(self.dtype)
-
-    def stacked(self, bundle: _Bundle, tensors: Any) -> Tensor:
-        """The A's of a bundle above each other (R, K)."""
-        rows = [self.cast(tensors[pair.at]) for pair in bundle.pairs]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-    def region(self, x: Tensor) -> AbstractContextManager[Any]:
-        """Autocast is done by hand inside: it knows nothing of `out=` and in-place products."""
-        return nullcontext() if self.dtype is None else torch.autocast(x.device.type, enabled=False)
-
-
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        needs, seeds, cast = ctx.needs_input_grad[2:], tensors[0], plan.cast
+    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        needs, cast = ctx.needs_input_grad[2:], plan.cast
         flat = cast(x.reshape(-1, x.shape[-1]))
         sketches: list[Tensor | None] = []
+        updates: list[list[tuple[Update, Tensor | None]]] = [[] for _ in plan.frozen]
         with plan.region(x):
-            outputs = [
-                ops.base(flat, cast(tensors[at]), cast(tensors[at + 1]), transposed)
-                for at, transposed in plan.layout.linears
-            ]
             for bundle in plan.layout.bundles:
                 stacked = plan.stacked(bundle, tensors)
-                low = ops.down(flat.to(stacked.dtype), stacked, bundle.p, seeds, bundle.salt, plan.triton)
+                low = _down(flat.to(stacked.dtype), stacked, bundle, tensors, plan)
                 first = 0
                 for pair in bundle.pairs:
-                    b, bias, y = cast(tensors[pair.at + 1]), cast(tensors[pair.at + 2]), outputs[pair.projection]
-                    y = ops.add_up(y, low[:, first : first + b.shape[1]], b, pair.scale)
-                    outputs[pair.projection] = y if bias is None else y.add_(bias, alpha=pair.scale)
+                    b, bias = cast(tensors[pair.at + 1]), cast(tensors[pair.at + 2])
+                    update = Update(low[:, first : first + b.shape[1]], b, pair.scale)
+                    updates[pair.projection].append((update, bias))
                     first += b.shape[1]
                 sketches.append(low if any(needs[pair.at + 1] for pair in bundle.pairs) else None)
+            outputs = _base(plan, flat, tensors, [found[0][0] if found else None for found in updates])
+            for place, (found, frozen) in enumerate(zip(updates, plan.frozen, strict=True)):
+                for number, (update, bias) in enumerate(found):
+                    y = outputs[place]
+                    if frozen is None or number:  # the first one came out with the frozen product
+                        y = ops.add_up(y, update.low, update.B, update.scale)
+                    outputs[place] = y if bias is None else y.add_(bias, alpha=update.scale)
         reads_x = any(needs[pair.at] for bundle in plan.layout.bundles for pair in bundle.pairs)
         ctx.plan, ctx.shape, ctx.dtype, ctx.count = plan, x.shape, x.dtype, len(tensors)
         ctx.set_materialize_grads(False)
@@ -168,31 +114,32 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         x, *rest = ctx.saved_tensors
         needs, tensors, sketches = ctx.needs_input_grad, rest[: ctx.count], rest[ctx.count :]
         grads: list[Tensor | None] = [None] * ctx.count
-        flat: Tensor | None = None
-        dx: Tensor | None = None
         rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        for (at, transposed), dy in zip(plan.layout.linears, rows, strict=True):
-            if dy is None:
-                continue
-            if needs[1]:
-                dx = ops.base_back(dy, plan.cast(tensors[at]), dx, transposed)
-            if needs[2 + at + 1]:
+        for (at, _), dy in zip(plan.layout.linears, rows, strict=True):
+            if dy is not None and needs[2 + at + 1]:
                 grads[at + 1] = dy.sum(0).to(tensors[at + 1].dtype)
+        halves: list[tuple[Bundle, Tensor, Tensor, bool]] = []
         for bundle, low in zip(plan.layout.bundles, sketches, strict=True):
             live = [pair for pair in bundle.pairs if rows[pair.projection] is not None]
             wants_a = any(needs[2 + pair.at] for pair in live)
-            if not live or not (wants_a or dx is not None or low is not None):
-                continue
-            stacked = plan.stacked(bundle, tensors)
-            d_low = _up_back(plan, bundle, stacked, rows, low, tensors, grads, needs)
+            if live and (wants_a or needs[1] or low is not None):
+                stacked = plan.stacked(bundle, tensors)
+                d_low = _up_back(plan, bundle, stacked, rows, low, tensors, grads, needs)
+                halves.append((bundle, stacked, d_low, wants_a))
+        dx, taken = _base_back(plan, rows, tensors, halves) if needs[1] else (None, False)
+        flat: Tensor | None = None
+        for place, (bundle, stacked, d_low, wants_a) in enumerate(halves):
             if wants_a and flat is None:
-                flat = plan.cast(_input_again(plan, x, tensors).reshape(-1, ctx.shape[-1]))
+                flat = plan.cast(plan.input_again(x, tensors).reshape(-1, ctx.shape[-1]))
             own = flat.to(stacked.dtype) if wants_a and flat is not None else None
-            da = ops.down_back(d_low, own, stacked, dx, bundle.p, tensors[0], bundle.salt, plan.triton)
+            into = None if taken and not place else dx
+            if own is None and into is None:
+                continue
+            da = _down_back(d_low, own, stacked, into, bundle, tensors, plan)
             first = 0
             for pair in bundle.pairs:
                 a = tensors[pair.at]
@@ -202,9 +149,58 @@ class _LoraLinears(torch.autograd.Function):
         return None, None if dx is None else dx.to(ctx.dtype).view(ctx.shape), *grads
 
 
+def _base(plan: Plan, x: Tensor, tensors: Any, updates: list[Update | None]) -> list[Tensor]:
+    """x·Wᵀ + b of every projection, with the low-rank terms of those whose weights are codes."""
+    narrow = [i for i, one in enumerate(plan.frozen) if one is not None]
+    linears = plan.layout.linears
+    biases = [tensors[linears[i][0] + 1] for i in narrow]
+    weights = [one for one in plan.frozen if one is not None]
+    found = iter(products(x, weights, biases, [updates[i] for i in narrow], plan.triton))
+    return [
+        ops.base(x, plan.cast(tensors[at]), plan.cast(tensors[at + 1]), transposed) if one is None else next(found)
+        for one, (at, transposed) in zip(plan.frozen, linears, strict=True)
+    ]
+
+
+def _base_back(
+    plan: Plan, rows: list[Tensor | None], tensors: Any, halves: list[tuple[Bundle, Tensor, Tensor, bool]]
+) -> tuple[Tensor | None, bool]:
+    """Σ dy·W (M, K), None where no output has a gradient; and whether the first bundle's dS·A is in it already."""
+    weights = [one for one in plan.frozen if one is not None]
+    low = None
+    if plan.triton and halves:  # one kernel makes both
+        bundle, stacked, d_low, _ = halves[0]
+        low = LowBack(d_low, stacked, bundle.p, tensors[0] if bundle.p else None, bundle.salt)
+    own = [dy for dy, one in zip(rows, plan.frozen, strict=True) if one is not None]
+    kind = next((dy.dtype for dy in rows if dy is not None), torch.float32)
+    dx, taken = products_back(own, weights, kind, plan.triton, low) if weights else (None, False)
+    for (at, transposed), dy, one in zip(plan.layout.linears, rows, plan.frozen, strict=True):
+        if dy is not None and one is None:
+            dx = ops.base_back(dy, plan.cast(tensors[at]), dx, transposed)
+    return dx, taken
+
+
+def _down(x: Tensor, stacked: Tensor, bundle: Bundle, tensors: Any, plan: Plan) -> Tensor:
+    """S of a whole bundle (M, R)."""
+    if not bundle.sparse:
+        return ops.down(x, stacked, bundle.p, tensors[0], bundle.salt, plan.triton)
+    ranks = [(tensors[pair.at].shape[0], pair.salt) for pair in bundle.pairs]
+    return ops.down_sparse(x, stacked, bundle.p, tensors[0], ranks)
+
+
+def _down_back(
+    d_low: Tensor, x: Tensor | None, stacked: Tensor, dx: Tensor | None, bundle: Bundle, tensors: Any, plan: Plan
+) -> Tensor | None:
+    """dA of a whole bundle (R, K), None without x; adds its share into dx where there is one."""
+    if not bundle.sparse:
+        return ops.down_back(d_low, x, stacked, dx, bundle.p, tensors[0], bundle.salt, plan.triton)
+    ranks = [(tensors[pair.at].shape[0], pair.salt) for pair in bundle.pairs]
+    return ops.down_back_sparse(d_low, x, stacked, dx, bundle.p, tensors[0], ranks)
+
+
 def _up_back(
-    plan: _Plan,
-    bundle: _Bundle,
+    plan: Plan,
+    bundle: Bundle,
     stacked: Tensor,
     rows: list[Any],
     low: Tensor | None,
@@ -238,38 +234,40 @@ def _up_back(
     return d_low
 
 
-def _input_again(plan: _Plan, x: Tensor | None, tensors: Any) -> Tensor:
-    if plan.recipe is None:
-        assert x is not None
-        return x
-    return plan.recipe.make(*tensors[1 : 1 + len(plan.recipe.inputs)])
-
-
 def lora_linears(
-    x: Tensor, projections: Sequence[Projection], seeds: Tensor | None = None, *, backend: Backend = "auto"
+    x: Tensor,
+    projections: Sequence[Projection],
+    seeds: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+    passes: bool = False,
 ) -> tuple[Tensor, ...]:
     """Outputs of several LoRA linears over one x (query, key and value; gate and up), which is read and saved once.
 
     Args:
         x: (samples, …, K) float16 | bfloat16 | float32 | float64, not modified.
-        projections: their weights have x's dtype (any, under autocast). Adapters of a wider dtype than x compute in
-            theirs, as peft's do, and the sum is rounded once.
+        projections: their weights have x's dtype (any, under autocast), or are FrozenWeights. Adapters of a wider dtype
+            than x compute in theirs, as peft's do, and the sum is rounded once.
         seeds: int64 (samples,), needed where an adapter has p > 0. Each adapter draws a mask of its own, by its salt.
-        backend: of the low-rank products and masks.
+        backend: of the low-rank products and masks, and of FrozenWeights' products.
+        passes: let the compiled passes take dropped elements out behind one product with x, where they run: the same
+            masks, other rounding.
 
     Returns:
         One tensor (samples, …, N_i) per projection, in the dtype of the frozen product. Differentiable once in x, in
-        every A, B and bias.
+        every A, B and bias; through a FrozenWeight straight through, as if rounding were the identity.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a weight that requires grad, missing seeds.
     """
     recipe = recipe_of(x)
     tensors: list[Tensor | None] = [seeds, *(recipe.inputs if recipe else ())]
-    settings = []
+    settings, frozen = [], []
     for one in projections:
         _check(x, one, seeds)
-        tensors += (one.weight, one.bias)
+        held = one.weight
+        frozen.append(held if isinstance(held, FrozenWeight) else None)
+        tensors += (None if isinstance(held, FrozenWeight) else held, one.bias)
         for pair in one.adapters:
             tensors += (pair.A, pair.B, pair.bias)
         settings.append((one.transposed, tuple((pair.scale, pair.p, pair.salt, pair.A.dtype) for pair in one.adapters)))
@@ -277,19 +275,27 @@ def lora_linears(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if x.dtype == torch.float64:
         dtype = None  # autocast leaves float64 alone
-    layout = _lay_out(tuple(settings), len(recipe.inputs) if recipe else 0)
-    plan = _Plan(layout, recipe, dtype, use_triton(x, backend))
+    triton = use_triton(x, backend)
+    sparse = passes and dtype is None and not triton and seeds is not None and compiled.usable(x)
+    layout = lay_out(tuple(settings), len(recipe.inputs) if recipe else 0, sparse)
+    plan = Plan(layout, recipe, dtype, triton, tuple(frozen))
     outputs: tuple[Tensor, ...] = _LoraLinears.apply(plan, x, *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
-def lora_linear(x: Tensor, projection: Projection, seeds: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
+def lora_linear(
+    x: Tensor, projection: Projection, seeds: Tensor | None = None, *, backend: Backend = "auto", passes: bool = False
+) -> Tensor:
     """One LoRA linear; see `lora_linears`."""
-    return lora_linears(x, (projection,), seeds, backend=backend)[0]
+    return lora_linears(x, (projection,), seeds, backend=backend, passes=passes)[0]
 
 
 def _check(x: Tensor, one: Projection, seeds: Tensor | None) -> None:
     out, features = one.weight.shape[::-1] if one.transposed else one.weight.shape
+    if one.transposed and isinstance(one.weight, FrozenWeight):
+        raise ValueError("lora_linear: a FrozenWeight is (N, K) always: turn it with freeze(…, transposed=True).")
+    if isinstance(one.weight, FrozenWeight) and not x.is_floating_point():
+        raise ValueError(f"lora_linear: x must be floating point, got {x.dtype}.")
     if x.shape[-1] != features:
         raise ValueError(f"lora_linear: x has {x.shape[-1]} features, the weight takes {features}.")
     if one.weight.requires_grad:

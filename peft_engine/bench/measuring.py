@@ -188,7 +188,7 @@ def _reopened(spec: Mapping[str, Any], config: Config, after: Mapping[str, Any],
     splits, _, data = _prepare(config)
     opened = open_run(config.output)
     task, group, runtime = opened.task, opened.group, opened.runtime
-    if config.kernels != "off":
+    if config.kernels != "off" and group.fused is None:
         group.fused, group.rows = fuse(group.model, config.kernels), row_seeds(group.model)
     size = config.evaluation.batch_size or config.training.batch_size
     with group.evaluating(group.members[0]) as model:

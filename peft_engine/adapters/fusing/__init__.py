@@ -4,10 +4,12 @@ A part is found by its type and by what it computes, never by a model's name, an
 (`module.__class__`): parameters, hooks, state dict and adapter files stay what they are.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,13 +17,19 @@ from transformers import PreTrainedModel
 
 from peft_kernels._launch import Backend, interpreted, tensor_core_dot, triton_installed
 
+from ... import processes
 from ...errors import ConfigError
-from . import attention, loss, modules, probing
-from .linears import FusedLoraLinear, SharedInput, SharingForward, why_not
+from . import attention, freezing, loss, modules, probing
+from .formats import FrozenCompute, passes_status
+from .frozen_linear import FrozenForward, frozen_of, take_back
+from .frozen_record import BOUND, FrozenRecord
+from .linears import FusedLoraLinear, why_not
+from .outliers import Lever
 from .reading import shared_inputs
+from .sharing import SharedInput, SharingForward
 from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
 
-__all__ = ["FuseReport", "RowSeeds", "fuse", "fuses_loss", "row_seeds", "unfuse"]
+__all__ = ["FrozenRecord", "FuseReport", "RowSeeds", "fuse", "fuses_loss", "row_seeds", "unfuse"]
 
 
 @dataclass
@@ -33,12 +41,20 @@ class FuseReport:
         skipped: module name → why it was left as it is.
         backend: "triton" or "torch", what the ops of this model run on.
         why: how the backend was chosen.
+        frozen: linear → the format that its weight is in, for those that left full precision.
+        kept_full: linear → why it did not; empty where full precision was asked for.
+        record: all that was decided about frozen linears, None where full precision was asked for.
+        passes: how the passes round frozen products run: compiled, Triton or plain torch, and why.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     backend: str = "torch"
     why: str = ""
+    frozen: dict[str, str] = field(default_factory=dict)
+    kept_full: dict[str, str] = field(default_factory=dict)
+    record: FrozenRecord | None = None
+    passes: str = ""
 
     def counts(self) -> dict[str, int]:
         """How often each op was swapped in."""
@@ -47,19 +63,75 @@ class FuseReport:
             found[op] = found.get(op, 0) + 1
         return found
 
+    def told(self) -> str:
+        """In one line: the format of the frozen linears, how it was chosen, and how many stayed in full precision."""
+        record = self.record
+        if record is None:
+            return "full: asked for"
+        if record.format is None:
+            return record.why
+        kept = sum(name in record.errors for name in record.kept_full)
+        unseen = sum("does not reach" in reason for reason in record.kept_full.values())
+        worst = max((record.errors[name] for name in record.frozen), default=0.0)
+        seen = f"on {record.rows} rows" if record.rows else "on random numbers"
+        parts = [f"{record.why}; {len(record.frozen)} linears, the largest error {worst:.4f} {seen}"]
+        parts += [f"{kept} above the bound of {record.bound:g} stay in full precision"] if kept else []
+        parts += [f"{unseen} are not reached by the calibration batch and stay so too"] if unseen else []
+        parts += [f"outliers: {record.lever}"] if record.lever != "none" else []
+        parts += ["the loss reads the head in int8"] if record.head else []
+        return "; ".join([*parts, f"passes: {self.passes}"])
 
-def fuse(model: nn.Module, backend: Backend = "auto") -> FuseReport:
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        found: dict[str, Any] = {"backend": self.backend, "swapped": self.counts(), "skipped": self.skipped}
+        if self.record is None:
+            return found
+        formats = sorted(set(self.frozen.values()))
+        return found | {
+            "frozen": {one: list(self.frozen.values()).count(one) for one in formats},
+            "kept_full": self.kept_full,
+            "frozen_errors": self.record.errors,
+            "passes": self.passes,
+        }
+
+
+def fuse(
+    model: nn.Module,
+    backend: Backend = "auto",
+    frozen_compute: FrozenCompute = "full",
+    *,
+    frozen_outliers: Lever = "none",
+    frozen_error_bound: float = BOUND,
+    frozen_head: Literal["full", "int8"] = "full",
+    dtype: torch.dtype | None = None,
+    calibrate: Callable[[], object] | None = None,
+    record: FrozenRecord | None = None,
+) -> FuseReport:
     """Make this model's training faster and smaller; its results stay, rounding and dropout masks aside.
 
     LoRA linears (with dropout, bias, rsLoRA, DoRA, Conv1D), siblings that read one input, gated MLPs, RMSNorm,
     LayerNorm, activations, dropout, rotary attention and the causal LM loss. A second call starts anew.
 
+    With `frozen_compute` every frozen linear but the output head, adapted or not, multiplies in a narrow format, x and
+    gradients rounded row by row; its weight becomes codes of one byte a number (two for bf16), layer by layer.
+
     Args:
         model: a PeftModel or any transformers model; changed in place, undone by `unfuse`.
         backend: "triton" (CUDA), "torch", or "auto": Triton where the model lives on CUDA and triton is installed.
+        frozen_compute: "full", "bf16", "int8", "fp8", or "auto": what is fastest here, measured, where it pays.
+        frozen_outliers: "none", "smooth" or "columns", against input channels that are much larger than the others.
+        frozen_error_bound: a linear whose output errs by more, relative to its size, stays in full precision.
+        frozen_head: "int8": the causal LM loss reads the output head in int8 too, where that head is frozen.
+        dtype: that training computes in, for "auto"; that of the weights by default.
+        calibrate: runs the model on data like that of the training, to measure errors and outliers on. Without it
+            errors are measured on random numbers.
+        record: of an earlier `fuse` of this model (`FuseReport.record`), to be done again as it was; the other
+            settings of frozen linears are then not read.
 
     Raises:
-        ConfigError: the backend can't run here, or DeepSpeed ZeRO-3 partitions the model.
+        ConfigError: the backend can't run here, DeepSpeed ZeRO-3 partitions the model, this device lacks a format that
+            was asked for by name, or the record is of another model.
+        Diverged: the calibration batch gives numbers that are not finite.
     """
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ConfigError(
@@ -72,6 +144,16 @@ def fuse(model: nn.Module, backend: Backend = "auto") -> FuseReport:
     report.backend, report.why = _choose(model, backend)
     chosen: Backend = "triton" if report.backend == "triton" else "torch"
     rows = RowSeeds()
+    if record is None and frozen_compute != "full":
+        settings: dict[str, Any] = {"lever": frozen_outliers, "bound": frozen_error_bound, "dtype": dtype}
+        record = processes.from_first(
+            lambda: freezing.decide(model, frozen_compute, **settings, head=frozen_head == "int8", calibrate=calibrate)
+        )
+    if record is not None:
+        report.record, report.kept_full = record, record.kept_full
+        report.frozen = freezing.apply(model, record, chosen, rows)
+        report.swapped |= dict.fromkeys(_alone(model), "frozen_linear")
+        report.passes = passes_status(next(model.parameters()).device)
     named = list(model.named_modules())
     bypassed = _parts_of_adapters(model)
     for name, module in named:
@@ -84,11 +166,27 @@ def fuse(model: nn.Module, backend: Backend = "auto") -> FuseReport:
     for name, module in named:
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             _swap_loss(name, module, chosen, rows, report)
+    if report.frozen:
+        for _, module in named:
+            if ATTRIBUTE in module.__dict__:
+                state_of(module).extra["passes"] = True
+            if isinstance(module, PreTrainedModel):
+                state = _state_or_new(module, "model", chosen, rows)
+                state.extra["codes"] = True
+                swap(module, modules.refusing_to_save(type(module)), state)
     return report
 
 
+def _alone(model: nn.Module) -> list[str]:
+    """Names of frozen linears that no adapter stands on."""
+    below = _parts_of_adapters(model)
+    return [n for n, m in model.named_modules() if frozen_of(m) is not None and id(m) not in below]
+
+
 def unfuse(model: nn.Module) -> None:
-    """Give every module of the model its own class back.
+    """Give every module of the model its own class back, and frozen linears a weight in their own dtype.
+
+    Weights that were rounded come back rounded: a warning says so. Load the model anew for its own.
 
     Raises:
         ConfigError: another library changed the class of a fused module since; nothing is touched then.
@@ -100,9 +198,16 @@ def unfuse(model: nn.Module) -> None:
                 "(fully_shard does that), and would lose what it got.",
                 "Unfuse before sharding, or leave it fused.",
             )
+    rounded = sum([take_back(module) for module in model.modules()])
     for module in model.modules():
         if ATTRIBUTE in module.__dict__:
             give_back(module)
+    if rounded:
+        warnings.warn(
+            f"peft_engine.unfuse: the weights of {rounded} frozen linears come back as they were rounded; load the "
+            "model again for its own.",
+            stacklevel=2,
+        )
 
 
 def row_seeds(model: nn.Module) -> RowSeeds | None:
@@ -203,18 +308,32 @@ def _share_inputs(name: str, parent: nn.Module, backend: Backend, rows: RowSeeds
     groups: list[SharedInput] = []
     for names in () if "forward" in parent.__dict__ else shared_inputs(original_class(parent)):
         found = [(child, parent._modules.get(child)) for child in names]
-        members = [(child, m) for child, m in found if isinstance(m, FusedLoraLinear) and not m.lora_variant]
-        widths = {m.in_features for _, m in members}
+        members = [(child, m) for child, m in found if m is not None and _shares(m)]
+        widths = {_inputs(m) for _, m in members}
         if len(members) < 2 or len(widths) != 1:
             continue
         groups.append(SharedInput([m for _, m in members]))
         for child, member in members:
             state_of(member).extra["group"] = groups[-1]
-            report.swapped[f"{name}.{child}" if name else child] = "lora_linear, shared input"
+            op = "lora_linear" if isinstance(member, FusedLoraLinear) else "frozen_linear"
+            report.swapped[f"{name}.{child}" if name else child] = f"{op}, shared input"
     if groups:
         state = _state_or_new(parent, "parent", backend, rows)
         state.extra["groups"] = groups
         swap(parent, modules.subclass(type(parent), SharingForward), state)
+
+
+def _shares(module: nn.Module) -> bool:
+    """Whether a linear can run together with its siblings."""
+    if isinstance(module, FusedLoraLinear):
+        return not module.lora_variant
+    return isinstance(module, FrozenForward)
+
+
+def _inputs(module: Any) -> int:
+    """Features that a linear reads."""
+    held = frozen_of(module)
+    return int(module.in_features if held is None else held.shape[1])
 
 
 def _state_or_new(module: nn.Module, op: str, backend: Backend, rows: RowSeeds) -> Fused:

@@ -1,94 +1,21 @@
-"""LoRA layers of peft, run by `peft_kernels.lora_linear`; siblings that read one x run together."""
+"""LoRA layers of peft, run by `peft_kernels.lora_linear`."""
 
 import warnings
-from dataclasses import dataclass, field
-from threading import get_ident
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_kernels.dora import magnify, magnify_dropped, weight_norm
+from peft_kernels.dora import magnify, magnify_dropped, squared_norm, weight_norm
 from peft_kernels.dropout import dropout
-from peft_kernels.lora_linear import Adapter, Projection, lora_linear, lora_linears
+from peft_kernels.frozen_weight import FrozenWeight
+from peft_kernels.lora_linear import Adapter, Projection, lora_linear
 
-from .state import ATTRIBUTE, hooked, state_of
-
-
-@dataclass
-class _Held:
-    x: Tensor | None = None
-    mode: tuple[Any, ...] = ()
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class SharedInput:
-    """Siblings that their parent calls with one x. The first one called computes all; the others take theirs.
-
-    The parent's source says that they get the same variable; that it is the same tensor, in the same mode, is checked
-    at every call. What does not fit is computed by itself. Nothing is shared outside of one call of the parent.
-    """
-
-    members: list[nn.Module]
-    held: dict[int, "_Held"] = field(default_factory=dict)  # by thread, while its parent runs there
-
-    def begin(self) -> None:
-        self.held[get_ident()] = _Held()
-
-    def end(self) -> None:
-        self.held.pop(get_ident(), None)
-
-    def serves(self, member: nn.Module) -> bool:
-        """Whether its parent runs now, and `member` is one of ours (DataParallel's replicas are not)."""
-        return get_ident() in self.held and any(m is member for m in self.members)
-
-    def take(self, member: nn.Module, x: Tensor) -> Tensor | None:
-        """What was computed for `member` from this very x, None where nothing was."""
-        held = self.held[get_ident()]
-        if held.x is not x or held.mode != _mode(x):
-            self.begin()
-            return None
-        return held.outputs.pop(id(member), None)
-
-    def run(self, member: "FusedLoraLinear", x: Tensor, projection: Projection) -> Tensor:
-        """Outputs of all members that can run; returns `member`'s and keeps the others."""
-        state = state_of(member)
-        # hooks of a sibling may bring its weights (FSDP, offloading) or another input
-        siblings = [m for m in self.members if m is not member and isinstance(m, FusedLoraLinear) and not hooked(m)]
-        partners = [member, *siblings]
-        found = [projection, *(m.plain_projection() for m in partners[1:])]
-        ready = [(m, p) for m, p in zip(partners, found, strict=True) if p is not None]
-        seeds = state.rows.of(x, state.salt) if any(a.p for _, p in ready for a in p.adapters) else None
-        mine, *others = lora_linears(x, [p for _, p in ready], seeds, backend=state.backend)
-        outputs = {id(m): y for (m, _), y in zip(ready[1:], others, strict=True)}
-        self.held[get_ident()] = _Held(x, _mode(x), outputs) if outputs else _Held()
-        return mine
-
-
-class SharingForward:
-    """Mixin of a parent of such siblings: what they compute for each other lives as long as one call of it."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        groups: list[SharedInput] = state_of(self).extra["groups"]  # type: ignore[arg-type]
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        for group in groups:
-            group.begin()
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for group in groups:
-                group.end()
-
-
-def _mode(x: Tensor) -> tuple[Any, ...]:
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), autocast, x._version if not torch.compiler.is_compiling() else 0
+from .frozen_linear import frozen_of, refuse_numbers, weight_of
+from .sharing import group_of
+from .state import ATTRIBUTE, hooked, original_class, state_of
 
 
 class FusedLoraLinear(PeftLinear):
@@ -99,26 +26,36 @@ class FusedLoraLinear(PeftLinear):
         if ATTRIBUTE not in self.__dict__:  # unfused, while Accelerate kept this method of the instance
             return PeftLinear.forward(self, x, *args, **kwargs)
         state = state_of(self)
-        group: SharedInput | None = state.extra.get("group")
-        group = group if group is not None and group.serves(self) else None
+        group = group_of(self)
         if group is not None:
             held = group.take(self, x)
             if held is not None:
                 return held
         if args or any(kwargs.get(key) is not None for key in kwargs) or self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
+            return self._pefts(x, *args, **kwargs)
         dora = self._dora_adapter()
         if dora is not None:
             base: Any = self.get_base_layer()
             plain = base.weight.requires_grad or not self._free_of_hooks()
-            return super().forward(x, **kwargs) if plain else self._dora(x, dora)
+            return self._pefts(x, **kwargs) if plain else self._dora(x, dora)
         projection = self.plain_projection()
         if projection is None:
-            return super().forward(x, *args, **kwargs)
+            return self._pefts(x, *args, **kwargs)
         if group is not None:
             return group.run(self, x, projection)
         seeds = state.rows.of(x, state.salt) if any(a.p for a in projection.adapters) else None
-        return lora_linear(x, projection, seeds, backend=state.backend)
+        return lora_linear(x, projection, seeds, backend=state.backend, passes=bool(state.extra.get("passes")))
+
+    def _pefts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """peft's own forward, which calls the base layer; only its variants read the base layer's weight."""
+        if not self.disable_adapters and any(name in self.lora_variant for name in self.active_adapters):
+            refuse_numbers(self, self.get_base_layer(), "This adapter has no fused form here")
+        return PeftLinear.forward(self, x, *args, **kwargs)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As peft's, where the base weight is numbers."""
+        refuse_numbers(self, self.get_base_layer(), "merge")
+        PeftLinear.merge(self, *args, **kwargs)
 
     def plain_projection(self) -> Projection | None:
         """The frozen linear with its active LoRA pairs; None where peft's own forward must run."""
@@ -135,7 +72,9 @@ class FusedLoraLinear(PeftLinear):
             if pair is None:
                 return None
             pairs.append(pair)
-        return Projection(base.weight, base.bias, tuple(pairs), isinstance(base, Conv1D))
+        held = weight_of(base)
+        turned = isinstance(base, Conv1D) and not isinstance(held, FrozenWeight)
+        return Projection(held, base.bias, tuple(pairs), turned)
 
     def _pair(self, name: str, place: int) -> Adapter | None:
         """One adapter's tensors; None for a dropout that is none of torch's."""
@@ -177,17 +116,35 @@ class FusedLoraLinear(PeftLinear):
         pair, transposed = self._pair(name, 0), isinstance(base, Conv1D)
         assert pair is not None
         magnitude = scales.weight
-        norm = weight_norm(base.weight, pair.A, pair.B, pair.scale, transposed=transposed)
+        held = weight_of(base)
+        frozen = isinstance(held, FrozenWeight)
+        transposed = transposed and not frozen
+        norm = weight_norm(held, pair.A, pair.B, pair.scale, squared=self._squared(base), transposed=transposed)
         if pair.p == 0:
-            z = lora_linear(x, Projection(base.weight, None, (pair,), transposed), backend=state.backend)
+            z = lora_linear(x, Projection(held, None, (pair,), transposed), backend=state.backend)
             return magnify(z, magnitude, norm, base.bias, backend=state.backend)
-        weight = base.weight.t() if transposed else base.weight
         dropped = dropout(x, pair.p, state.rows.of(x, state.salt), pair.salt, backend=state.backend)
         low = (
             nn.functional.linear(nn.functional.linear(dropped.to(pair.A.dtype), pair.A), pair.B, pair.bias) * pair.scale
         )
-        whole, part = nn.functional.linear(x, weight, base.bias), nn.functional.linear(dropped, weight)
+        if isinstance(held, FrozenWeight):
+            whole = lora_linear(x, Projection(held, base.bias), backend=state.backend)
+            part = lora_linear(dropped, Projection(held), backend=state.backend)
+        else:
+            weight = held.t() if transposed else held
+            whole, part = nn.functional.linear(x, weight, base.bias), nn.functional.linear(dropped, weight)
         return magnify_dropped(whole, part, low, magnitude, norm, backend=state.backend).to(whole.dtype)
+
+    def _squared(self, base: nn.Module) -> Tensor | None:
+        """‖W‖² of each row of a weight that is codes: made once, as it costs a pass of its own over them."""
+        held = frozen_of(base)
+        if held is None:
+            return None
+        kept = state_of(self).extra.get("squared")
+        if kept is None or kept[0] is not held:
+            kept = (held, squared_norm(held))
+            state_of(self).extra["squared"] = kept
+        return kept[1]
 
 
 def is_dora(variant: Any) -> bool:
@@ -208,7 +165,7 @@ def why_not(module: nn.Module) -> str | None:
     if type(module) is not PeftLinear:
         return f"peft's {type(module).__name__} has no fused form"
     base: Any = module.get_base_layer()
-    if type(base) not in (nn.Linear, Conv1D):
+    if original_class(base) not in (nn.Linear, Conv1D):
         return f"its base layer is a {type(base).__name__}"
     if base.weight.requires_grad:
         return "its base weight trains"

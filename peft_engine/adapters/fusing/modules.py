@@ -15,6 +15,7 @@ from peft_kernels.glu import glu
 from peft_kernels.layer_norm import layer_norm
 from peft_kernels.rms_norm import rms_norm
 
+from ...errors import ConfigError
 from .state import ATTRIBUTE, hooked, once_each, state_of
 
 
@@ -72,7 +73,28 @@ class GatedMLPForward:
             gate, up = getattr(module, parts["packed"])(x).chunk(2, -1)
         else:
             gate, up = getattr(module, parts["gate"])(x), getattr(module, parts["up"])(x)
-        return getattr(module, parts["down"])(glu(gate, up, parts["activation"], backend=state.backend))
+        h = glu(gate, up, parts["activation"], backend=state.backend, passes=bool(state.extra.get("passes")))
+        return getattr(module, parts["down"])(h)
+
+
+class RefusingToSave:
+    """Mixin of a transformers model whose linears hold codes: its file would look like one with weights."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self
+        if ATTRIBUTE in model.__dict__ and state_of(model).extra.get("codes"):
+            raise ConfigError(
+                "save_pretrained: frozen linears of this model hold codes, which a file would give for weights.",
+                "Save the adapter (PeftModel.save_pretrained), or unfuse(model) first: its weights come back rounded.",
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+@once_each
+def refusing_to_save(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with that refusal, under its own name."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (RefusingToSave, cls), names)
 
 
 def _autocast_widens(x: Tensor) -> bool:

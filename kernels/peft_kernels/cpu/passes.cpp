@@ -1,0 +1,302 @@
+// Passes over memory that a training step on a CPU makes around its matrix products; built and called by
+// peft_kernels/_compiled.py, and each defined in plain torch beside the Python function that calls it.
+//
+// Tensors are fp32 and row-major unless named otherwise; a stride counts elements from row to row. Every function
+// shares rows (or samples) out over `threads` threads of torch's own OpenMP pool. No result depends on their number,
+// but the sums of `drop_back`. Compiled without contraction of a*b+c and without fast-math, so that `quantise` and
+// `rescale` have the bits of plain torch.
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define API extern "C" __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr float ROUND = 12582912.0f;  // 1.5·2²³: a number below 2²² added to it loses its fraction, half to even
+constexpr float LEAST = 0x1p-126f;    // scales from here on: the inverse of a smaller one would overflow
+constexpr int64_t WIDE = 16;
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
+
+INLINE int32_t bits(float v) { return __builtin_bit_cast(int32_t, v); }
+INLINE float as_float(int32_t v) { return __builtin_bit_cast(float, v); }
+
+// Largest |v|, as bits: for floats without sign they have the order of the numbers, NaN above infinity.
+template <bool FACTOR>
+INLINE int32_t top_bits(const float* x, const float* factor, int64_t n) {
+  int32_t top = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const int32_t b = bits(FACTOR ? x[k] * factor[k] : x[k]) & 0x7fffffff;
+    top = b > top ? b : top;
+  }
+  return top;
+}
+
+template <bool FACTOR>
+INLINE void round_row(const float* x, const float* factor, float inverse, int8_t* codes, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    const float v = FACTOR ? x[k] * factor[k] : x[k];
+    codes[k] = (int8_t)(bits(v * inverse + ROUND) - bits(ROUND));
+  }
+}
+
+// e^x to two units in the last place for x in [-87, 88], where it is cut off (Cephes' polynomial). NaN gives anything.
+INLINE float exp_of(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = __builtin_fmaf(x, 1.44269504088896341f, ROUND);
+  const float n = shifted - ROUND;
+  float r = __builtin_fmaf(n, -0.693359375f, x);
+  r = __builtin_fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+  p = __builtin_fmaf(p, r * r, r + 1.0f);
+  return as_float(bits(p) + ((bits(shifted) - bits(ROUND)) << 23));
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+}  // namespace
+
+// codes[i] = round(v/scale[i]), scale[i] = max|v|/127, over the parts of row i laid end to end; v = x ⊙ factor. Rows of
+// zeros have scale 1, rows with NaN or infinity scale NaN and codes 0. A part without x is zeros.
+API void quantise(int64_t parts, const float* const* x, const int64_t* strides, const int64_t* widths,
+                  const float* const* factors, int64_t rows, int64_t total, int8_t* codes, float* scales, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    int32_t top = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+      if (!x[p]) continue;
+      const float* row = x[p] + i * strides[p];
+      const int32_t t = factors[p] ? top_bits<true>(row, factors[p], widths[p]) : top_bits<false>(row, nullptr, widths[p]);
+      top = t > top ? t : top;
+    }
+    const float largest = as_float(top);
+    float scale = largest / 127.0f;
+    scale = top >= 0x7f800000 ? as_float(0x7fc00000) : top == 0 ? 1.0f : scale < LEAST ? LEAST : scale;
+    const float inverse = 1.0f / scale;
+    scales[i] = scale;
+    int8_t* out = codes + i * total;
+    if (top == 0 || top >= 0x7f800000) {
+      memset(out, 0, (size_t)total);
+      continue;
+    }
+    for (int64_t p = 0; p < parts; ++p) {
+      if (!x[p]) {
+        memset(out, 0, (size_t)widths[p]);
+      } else {
+        const float* row = x[p] + i * strides[p];
+        if (factors[p]) round_row<true>(row, factors[p], inverse, out, widths[p]);
+        else round_row<false>(row, nullptr, inverse, out, widths[p]);
+      }
+      out += widths[p];
+    }
+  }
+}
+
+// y = products·row_scale ⊙ column_scale + bias, each of the last two where given.
+API void rescale(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n, const float* row_scale,
+                 const float* column_scale, const float* bias, float* y, int64_t y_stride, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const int32_t* from = products + i * products_stride;
+    float* to = y + i * y_stride;
+    const float s = row_scale[i];
+    if (column_scale && bias) {
+      for (int64_t j = 0; j < n; ++j) to[j] = (float)from[j] * s * column_scale[j] + bias[j];
+    } else if (column_scale) {
+      for (int64_t j = 0; j < n; ++j) to[j] = (float)from[j] * s * column_scale[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) to[j] = (float)from[j] * s;
+    }
+  }
+}
+
+namespace {
+
+INLINE vec load(const float* p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE vec fused(vec a, float b, vec c) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+INLINE vec load_products(const int32_t* p) {
+  ivec v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vec);
+}
+
+constexpr int ROWS = 6, VECS = 4;  // a tile of 24 registers of 16 numbers
+
+struct Tile {
+  const int32_t* products;
+  int64_t products_stride;
+  const float* row_scale;
+  const float* column_scale;  // not null
+  const float* bias;          // or null
+  const float* low;
+  int64_t low_stride, rank;
+  const float* up;  // (rank, n)
+  int64_t up_stride;
+  float* y;
+  int64_t y_stride;
+};
+
+// One tile of y = products·row_scale ⊙ column_scale + bias + low·up, the last sum with fused multiply-adds.
+template <int R, int V>
+void tile(const Tile& t, int64_t i, int64_t j) {
+  vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = vec{};
+  for (int64_t k = 0; k < t.rank; ++k) {
+    vec up[V];
+    for (int v = 0; v < V; ++v) up[v] = load(t.up + k * t.up_stride + j + v * WIDE);
+    for (int r = 0; r < R; ++r) {
+      const float low = t.low[(i + r) * t.low_stride + k];
+      for (int v = 0; v < V; ++v) sum[r][v] = fused(up[v], low, sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      const int64_t c = j + v * WIDE;
+      vec out = load_products(t.products + (i + r) * t.products_stride + c) * t.row_scale[i + r];
+      out = out * load(t.column_scale + c);
+      if (t.bias) out += load(t.bias + c);
+      store(t.y + (i + r) * t.y_stride + c, out + sum[r][v]);
+    }
+}
+
+void single(const Tile& t, int64_t i, int64_t j) {
+  float sum = 0.0f;
+  for (int64_t k = 0; k < t.rank; ++k) sum = __builtin_fmaf(t.low[i * t.low_stride + k], t.up[k * t.up_stride + j], sum);
+  float out = (float)t.products[i * t.products_stride + j] * t.row_scale[i] * t.column_scale[j];
+  if (t.bias) out += t.bias[j];
+  t.y[i * t.y_stride + j] = out + sum;
+}
+
+template <int R>
+void tile_rows(const Tile& t, int64_t i, int64_t n) {
+  int64_t j = 0;
+  for (; j + VECS * WIDE <= n; j += VECS * WIDE) tile<R, VECS>(t, i, j);
+  for (; j + WIDE <= n; j += WIDE) tile<R, 1>(t, i, j);
+  for (; j < n; ++j)
+    for (int r = 0; r < R; ++r) single(t, i + r, j);
+}
+
+}  // namespace
+
+// y = products·row_scale ⊙ column_scale + bias + low·up, with low (rows, rank) and up (rank, n).
+API void rescale_with_update(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n,
+                             const float* row_scale, const float* column_scale, const float* bias, const float* low,
+                             int64_t low_stride, int64_t rank, const float* up, int64_t up_stride, float* y,
+                             int64_t y_stride, int threads) {
+  const Tile t{products, products_stride, row_scale, column_scale, bias, low, low_stride, rank, up, up_stride, y, y_stride};
+  const int64_t blocks = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * ROWS;
+    if (first + ROWS <= rows) tile_rows<ROWS>(t, first, n);
+    else
+      for (int64_t i = first; i < rows; ++i) tile_rows<1>(t, i, n);
+  }
+}
+
+// h = silu(gate) ⊙ up.
+API void swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t rows, int64_t n,
+                float* h, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float *g = gate + i * gate_stride, *u = up + i * up_stride;
+    float* to = h + i * n;
+    for (int64_t k = 0; k < n; ++k) to[k] = g[k] * sigmoid(g[k]) * u[k];
+  }
+}
+
+// dup = dh ⊙ silu(gate), dgate = dh ⊙ up ⊙ silu'(gate).
+API void swiglu_back(const float* dh, int64_t dh_stride, const float* gate, int64_t gate_stride, const float* up,
+                     int64_t up_stride, int64_t rows, int64_t n, float* dgate, float* dup, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float *d = dh + i * dh_stride, *g = gate + i * gate_stride, *u = up + i * up_stride;
+    float *to_gate = dgate + i * n, *to_up = dup + i * n;
+    for (int64_t k = 0; k < n; ++k) {
+      const float s = sigmoid(g[k]);
+      to_up[k] = d[k] * (g[k] * s);
+      to_gate[k] = d[k] * u[k] * (s * (1.0f + g[k] * (1.0f - s)));
+    }
+  }
+}
+
+// Dropped places come as they are drawn: for each sample `draws` flat places in rising order, those from `size` of the
+// whole (samples·rows_each·features) on are none.
+
+// low (rows, rank) -= Σ over dropped (i, k) of x[i, k]·down[k], with down (features, rank).
+API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_t rows, int64_t features, const float* x,
+                   int64_t x_stride, const float* down, int64_t down_stride, int64_t rank, float* low, int64_t low_stride, int threads) {
+  const int64_t size = rows * features;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t s = 0; s < samples; ++s) {
+    for (int64_t d = 0; d < draws; ++d) {
+      const int64_t place = places[s * draws + d];
+      if (place >= size) break;
+      const int64_t i = place / features, k = place - i * features;
+      const float v = x[i * x_stride + k];
+      const float* from = down + k * down_stride;
+      float* to = low + i * low_stride;
+      for (int64_t r = 0; r < rank; ++r) to[r] -= v * from[r];
+    }
+  }
+}
+
+// The same places in backward: sums[t] (features, rank) gets Σ x[i, k]·d_low[i] where x is given, one such sum for each
+// of `pieces` equal runs of samples; dx[i, k] -= d_low[i]·down[k] where dx is given.
+API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_t rows, int64_t features, const float* x,
+                   int64_t x_stride, const float* d_low, int64_t d_stride, const float* down, int64_t down_stride, int64_t rank, float* dx,
+                   int64_t dx_stride, float* sums, int64_t pieces, int threads) {
+  const int64_t size = rows * features;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = 0; p < pieces; ++p) {
+    float* own = sums ? sums + p * features * rank : nullptr;
+    for (int64_t s = samples * p / pieces; s < samples * (p + 1) / pieces; ++s) {
+      for (int64_t d = 0; d < draws; ++d) {
+        const int64_t place = places[s * draws + d];
+        if (place >= size) break;
+        const int64_t i = place / features, k = place - i * features;
+        const float* low = d_low + i * d_stride;
+        if (own) {
+          const float v = x[i * x_stride + k];
+          float* to = own + k * rank;
+          for (int64_t r = 0; r < rank; ++r) to[r] += v * low[r];
+        }
+        if (dx) {
+          const float* from = down + k * down_stride;
+          float lanes[WIDE] = {};
+          int64_t r = 0;
+          for (; r + WIDE <= rank; r += WIDE)
+            for (int64_t l = 0; l < WIDE; ++l) lanes[l] += low[r + l] * from[r + l];
+          float sum = 0.0f;
+          for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+          for (; r < rank; ++r) sum += low[r] * from[r];
+          dx[i * dx_stride + k] -= sum;
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,58 @@
+"""The section `model` of the settings, and what every section is. See `config`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Pattern = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A block of settings. Strict: no unknown key, no silent conversion of strings to numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelConfig(Section):
+    path: str
+    """Hub id or local folder of the backbone."""
+    hub_id: str | None = None
+    """Where the same model lives on the hub; named in messages when `path` is not there, never fetched by itself."""
+    revision: str | None = None
+    """Hub revision: branch, tag or commit."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the frozen weights. `auto`: float32 on CPU and MPS, and wherever all weights are trained; else as
+    stored."""
+    quantization: Literal["none"] = "none"
+    """Weight quantisation of the frozen backbone."""
+    frozen_compute: Literal["full", "bf16", "int8", "fp8", "auto"] = "full"
+    """Format of the frozen linears' matrix products, forward and backward; their weights take 1 byte (bf16: 2), x and
+    gradients are rounded row by row. `full` is the training dtype, `auto` what is fastest on this device where it is
+    1.2 times as fast. int8: CPUs with VNNI or AMX, CUDA from Turing on; fp8: CUDA from Ada on; bf16: CPUs with AMX."""
+    frozen_outliers: Literal["none", "smooth", "columns"] = "none"
+    """What is done about input channels much larger than the others, in int8 and fp8, as the first training batch shows
+    them: `smooth` divides the input's and multiplies the weight's (SmoothQuant), `columns` leaves them in full
+    precision (as LLM.int8() does)."""
+    frozen_error_bound: Annotated[float, Field(gt=0)] = 0.05
+    """A linear whose output on the first training batch errs by more, relative to its norm, stays in full precision;
+    run.json lists it."""
+    frozen_head: Literal["full", "int8"] = "full"
+    """Causal LM: the output head inside the loss, where it is frozen; evaluation and generation keep it in full."""
+    pooling: Literal["auto", "model", "mean"] = "auto"
+    """Text classification: `model` is the model's own pooler and head, `mean` averages the last hidden states over real
+    tokens. `auto` reads a sentence-transformers `1_Pooling/config.json` where there is one, and takes `mean` where the
+    model's own pooler has no pretrained weights; else `model`."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention code of transformers; `auto` is its own choice. `flash_attention_2` needs CUDA, 16-bit computation and
+    the package flash-attn."""
+    new_tokens: list[Pattern] = []
+    """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Never on by itself."""
