@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from frozen_error import LEAST, Layers, below, error, measured, prepared, report, settings
 from torch import Tensor
 
+from frozen_error import LEAST, Layers, below, error, measured, prepared, report, settings
 from peft_engine.adapters.fusing.outliers import Outliers
 
 
