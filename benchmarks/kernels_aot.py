@@ -3,11 +3,12 @@
     python benchmarks/kernels_aot.py [--kernel NAME] [--arch sm_80] [--json FILE]
 
 Each `peft_kernels/gpu/*.py` ends in `CASES`: one entry per kernel and configuration of its static table. Each is
-compiled for Ampere (sm_80), Hopper (sm_90) and Turing (sm_75), two at a time, and what came out is read: registers and
-stack from the binary, the instruction mix from its PTX. A case fails that keeps registers in memory (stack or local
-bytes), wants more shared memory than a block may have there, lacks the tensor-core instructions it promises, or holds
-an atomic operation (gradients would change from run to run). A kernel that no case names fails as well. The exit status
-is 1 if anything failed.
+compiled for Ampere (sm_80), Hopper (sm_90) and Turing (sm_75), or for the cards that it names (fp8 begins with Ada,
+sm_89), two at a time, and what came out is read: registers and stack from the binary, the instruction mix from its PTX.
+A case fails that keeps registers in memory (stack or local bytes), wants more shared memory than a block may have
+there, lacks the tensor-core instructions it promises or one that it demands by name, or holds an atomic operation
+(gradients would change from run to run). A kernel that no case names fails as well. The exit status is 1 if anything
+failed.
 
 Triton builds no tensor-core instructions for Turing (tested with 3.7.1: `tl.dot` becomes scalar products). So a kernel
 that promises them is not compiled for sm_75, its row says so, and there the op has to go through cuBLAS. The others are
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -43,7 +44,8 @@ from typing import Any
 # Triton flips this default in 3.10: a number measured today must mean the same tomorrow.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-SHARED_LIMIT = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_90": 227 << 10}  # bytes that one block may have
+# bytes that one block may have
+SHARED_LIMIT = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}
 ARCHS = tuple(SHARED_LIMIT)
 WORKERS = 2
 CASE_SECONDS = 180
@@ -153,8 +155,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     return numbers
 
 
-def judge(row: Row, *, promised: bool) -> None:
-    """Set the verdict from the row's numbers."""
+def judge(row: Row, *, promised: bool, demand: str = "", instructions: Iterable[str] = ()) -> None:
+    """Set the verdict from the row's numbers; `demand`: a pattern that one of the instructions must match."""
     faults = []
     if row.spill_bytes:
         faults.append(f"spills {row.spill_bytes} bytes")
@@ -162,6 +164,8 @@ def judge(row: Row, *, promised: bool) -> None:
         faults.append(f"shared memory {row.shared_bytes} > {limit}")
     if promised and not row.mix["tensor"]:
         faults.append("no tensor-core instructions")
+    if demand and not any(re.match(demand, op) for op in instructions):
+        faults.append(f"no instruction {demand}")
     if row.mix["atomic"]:
         faults.append("atomic operations")
     if faults:
@@ -188,16 +192,17 @@ def compile_case(case: Any, arch: str) -> Row:
         aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
         source = ASTSource(function, signature, dict(case.constants), aligned)
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        if not case.fp_fusion:
+            options["enable_fp_fusion"] = False
         with redirect_stdout(StringIO()):  # a refusal prints the whole program
-            made = compile_triton(
-                source, target=target, options={"num_warps": case.num_warps, "num_stages": case.num_stages}
-            )
+            made = compile_triton(source, target=target, options=options)
         numbers, instructions = resources(made.asm["cubin"]), Counter(PTX.findall(made.asm["ptx"]))
         row.registers, row.spill_bytes = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
         row.shared_bytes = made.metadata.shared
         row.mix = {name: sum(n for op, n in instructions.items() if pattern.match(op)) for name, pattern in MIX.items()}
         row.tensor_cores = " ".join(sorted({op.split(".")[0] for op in instructions if TENSOR.match(op)}))
-        judge(row, promised=case.tensor_cores)
+        judge(row, promised=case.tensor_cores, demand=case.demands.get(arch, ""), instructions=instructions)
     except Exception as error:
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
         # Turing is a bonus: where Triton refuses it, the table says so and why.
@@ -273,9 +278,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def jobs_of(modules: Sequence[ModuleType], archs: Sequence[str], kernel: str) -> list[tuple[Any, str]]:
-    """Each case once, though a file passes on the cases of another."""
+    """Each case once on every card that it is for, though a file passes on the cases of another."""
     cases = {id(case): case for module in modules for case in getattr(module, "CASES", ())}
-    return [(case, arch) for case in cases.values() for arch in archs if kernel in name_of(case)]
+    return [(case, arch) for case in cases.values() for arch in archs if arch in case.archs and kernel in name_of(case)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

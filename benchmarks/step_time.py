@@ -1,12 +1,17 @@
-"""Seconds and bytes of a whole training step: full fine-tuning, plain HF PEFT, and PEFT fused, on one model.
+"""Seconds and bytes of a whole training step: full fine-tuning, plain HF PEFT, and PEFT fused, also with its frozen
+products in a narrow format, on one model.
 
     python benchmarks/step_time.py                              SmolLM2, 4×256 tokens, LoRA r=16 on all linears, p=0.05
     python benchmarks/step_time.py --dropout 0                  the same without dropout
     python benchmarks/step_time.py --model minilm --rows 32 --tokens 128 --dropout 0.1
+    python benchmarks/step_time.py --sides full peft fused int8 int8-head        frozen products in int8, then the head
+    python benchmarks/step_time.py --model llama-1b --rows 1 --tokens 512 --sides full int8
+                                                                4 layers of Llama-3.2-1B's shapes without their head
 
 Every side is a process of its own that holds one model; the parent lets them step in turn, so that noise of the machine
 meets all sides, and takes medians. Steps are whole: forward, loss, backward, clipping, AdamW, zero_grad. Bytes are live
-tensor storages, counted on a step of their own (peft_engine.meters.memory). Targets are real text.
+tensor storages, counted on a step of their own (peft_engine.meters.memory). Targets are real text; llama-1b has random
+weights and ids, and the mean square of its outputs for a loss.
 """
 
 import argparse
@@ -20,15 +25,35 @@ from typing import Any
 from turns import Side
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("full", "peft", "fused")
+OURS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "auto": {"frozen_compute": "auto"},
+    "bf16": {"frozen_compute": "bf16"},
+    "int8": {"frozen_compute": "int8"},
+    "int8-smooth": {"frozen_compute": "int8", "frozen_outliers": "smooth"},
+    "int8-columns": {"frozen_compute": "int8", "frozen_outliers": "columns"},
+    "int8-head": {"frozen_compute": "int8", "frozen_head": "int8"},
+}
+"""Fused sides and the arguments of `fuse` that make them."""
+SIDES = ("full", "peft", *OURS)
+LLAMA = "llama-1b"
 
 
 def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """(model, batch). Imports are here, so that the parent stays light."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    torch.manual_seed(0)
+    if args.model == LLAMA:
+        from transformers import LlamaConfig, LlamaModel
+
+        config = LlamaConfig(
+            vocab_size=4096, hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, rope_theta=500000.0,
+        )  # fmt: skip
+        ids = torch.randint(0, 4096, (args.rows, args.tokens))
+        return _with_adapters(side, args, LlamaModel(config), {"input_ids": ids, "use_cache": False}, None)
     path = ROOT / ".assets" / "models" / args.model
     tokenizer = AutoTokenizer.from_pretrained(path)
     causal = "CausalLM" in str(json.loads((path / "config.json").read_text()).get("architectures"))
@@ -37,7 +62,6 @@ def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     size = args.rows * args.tokens
     input_ids = torch.tensor(ids[:size]).view(args.rows, args.tokens)
-    torch.manual_seed(0)
     if causal:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         batch = {"input_ids": input_ids, "labels": input_ids, "use_cache": False}
@@ -45,17 +69,27 @@ def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, num_labels=2)
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         batch["labels"] = torch.arange(args.rows) % 2
+    return _with_adapters(side, args, model, batch, "CAUSAL_LM" if causal else "SEQ_CLS")
+
+
+def _with_adapters(
+    side: str, args: argparse.Namespace, model: Any, batch: dict[str, Any], task: str | None
+) -> tuple[Any, dict[str, Any]]:
+    from peft import LoraConfig, get_peft_model
+
     if side != "full":
         settings = LoraConfig(
             r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout, target_modules="all-linear",
-            task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+            task_type=task,
         )  # fmt: skip
         model = get_peft_model(model, settings)
-    if side == "fused":
+    if side in OURS:
         from peft_engine import fuse
 
-        fuse(model)
-    if args.allocator == "all" or args.allocator == side:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        report = fuse(model, **OURS[side], calibrate=lambda: model(**inputs))
+        print(f"{side}: {report.counts()} {report.told()}", file=sys.stderr)
+    if args.allocator == "all" or (args.allocator == "ours" and side in OURS):
         from peft_engine.runtime import keep_freed_memory
 
         keep_freed_memory()
@@ -73,7 +107,8 @@ def worker(side: str, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def step() -> float:
-        loss = model(**batch).loss
+        output = model(**batch)
+        loss = output.last_hidden_state.square().mean() if args.model == LLAMA else output.loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -104,17 +139,17 @@ def worker(side: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="a folder of .assets/models")
+    parser.add_argument("--model", default="smollm2", help=f"a folder of .assets/models, or {LLAMA}")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--allocator", choices=("none", "fused", "all"), default="fused",
-        help="which sides keep freed memory, as `train` does on a CPU (default: fused, as users run each)",
+        "--allocator", choices=("none", "ours", "all"), default="ours",
+        help="which sides keep freed memory, as `train` does on a CPU (default: ours, as users run each)",
     )  # fmt: skip
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=["full", "peft", "fused"], choices=SIDES)
     parser.add_argument("--profile", action="store_true", help="also print where the last side's step goes")
     parser.add_argument("--out", help="also write the result to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -145,14 +180,14 @@ def main() -> None:
             "peak_bytes": side.ask("bytes")["peak_bytes"],
             "losses": side.losses,
         }
-    fused = result.get("fused")
-    for other in ("peft", "full"):
-        if fused and other in result:
-            pairs = zip(sides[-1].seconds, next(s for s in sides if s.name == other).seconds, strict=True)
-            result[f"fused/{other}"] = {
-                "seconds": fused["step_seconds"] / result[other]["step_seconds"],
+    named = {side.name: side for side in sides}
+    for ours in (name for name in args.sides if name in OURS):
+        for other in (name for name in ("peft", "full", "fused") if name in named and name != ours):
+            pairs = zip(named[ours].seconds, named[other].seconds, strict=True)
+            result[f"{ours}/{other}"] = {
+                "seconds": result[ours]["step_seconds"] / result[other]["step_seconds"],
                 "median_of_pairs": statistics.median(a / b for a, b in pairs),
-                "bytes": fused["peak_bytes"] / result[other]["peak_bytes"],
+                "bytes": result[ours]["peak_bytes"] / result[other]["peak_bytes"],
             }
     if args.profile:
         sides[-1].ask("profile")

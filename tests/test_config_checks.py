@@ -211,3 +211,44 @@ def test_what_fsdp_can_not_share_out() -> None:
 
 def test_the_list_of_tasks_for_the_command_line_is_that_of_the_declaration():
     assert set(TASKS) == set(get_args(TaskName))
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "told"),
+    [
+        ("causal-lm", {"adapter": "{method: full}"}, "model.frozen_compute: got int8, and adapter.method full freezes"),
+        ("causal-lm", {"kernels": "off"}, "model.frozen_compute: got int8, which is one of the fused kernels"),
+        ("dpo", {}, "model.frozen_compute: got int8; task dpo trains in the loop of TRL"),
+        (
+            "causal-lm",
+            {"model": "{frozen_compute: bf16, frozen_outliers: smooth}"},
+            "model.frozen_outliers: got smooth",
+        ),
+        (
+            "causal-lm",
+            {"model": "{frozen_compute: full, frozen_outliers: smooth}"},
+            "model.frozen_outliers: has no effect",
+        ),
+        ("causal-lm", {"model": "{frozen_compute: full, frozen_head: int8}"}, "model.frozen_head: has no effect"),
+        ("seq2seq", {"model": "{frozen_head: int8}"}, "model.frozen_head: is read by the loss of task causal-lm only"),
+        (
+            "causal-lm",
+            {"model": "{frozen_head: int8}", "adapter": "{method: head}"},
+            "model.frozen_head: got int8, and",
+        ),
+        ("causal-lm", {"model": "{frozen_compute: bf16, frozen_head: int8}"}, "model.frozen_head: got int8 beside"),
+        (
+            "causal-lm",
+            {"training": "{parallel: fsdp}"},
+            "training.parallel: fsdp shares out weights as they are stored",
+        ),
+        ("causal-lm", {}, None),
+        ("causal-lm", {"model": "{frozen_compute: auto, frozen_outliers: columns, frozen_head: int8}"}, None),
+    ],
+)
+def test_what_goes_with_frozen_compute(task: str, sections: dict[str, Any], told: str | None) -> None:
+    given = dict(sections)
+    model = {"path": "m", "frozen_compute": "int8", **parse(given.pop("model", "{}"), "f").tree}
+    found = faults(task, model=model, **given)
+    assert len(found) == (1 if told else 0), found
+    assert all(line.startswith(told or "") for line in found)

@@ -197,7 +197,7 @@ def test_every_part_runs_in_small(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = {path.stem.split("_")[-1]: json.loads(path.read_text())["runs"][0] for path in tmp_path.glob("*.json")}
+    runs = {path.stem.split("_", 2)[2]: json.loads(path.read_text())["runs"][0] for path in tmp_path.glob("*.json")}
     assert set(runs) == set(gpu_suite.PARTS)
     for name, run in runs.items():
         assert run["cells"], name

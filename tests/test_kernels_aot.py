@@ -30,6 +30,13 @@ def _add_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _multiply_and_add_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, x * 3 + 5, mask=offs < n)
+
+
+@triton.jit
 def _matmul_kernel(a_ptr, b_ptr, c_ptr, K, SIZE: tl.constexpr, DEPTH: tl.constexpr):
     i, j = tl.arange(0, SIZE), tl.arange(0, DEPTH)
     acc = tl.zeros((SIZE, SIZE), dtype=tl.float32)
@@ -120,6 +127,7 @@ def test_a_refusal_fails_everywhere_but_on_turing(monkeypatch):
         (double(tensor_cores=True), "sm_80", "no tensor-core instructions"),
         (matmul(size=128, depth=128, num_stages=4), "sm_80", "shared memory"),
         (matmul(size=256, num_warps=4), "sm_80", "spills"),
+        (matmul(demands={"sm_80": r"wgmma\."}), "sm_80", r"no instruction wgmma\."),
         (Case(**vars(double()) | {"kernel": _add_kernel, "signature": double().signature | {"y_ptr": "*fp32"}}),
          "sm_80", "atomic operations"),
         (double(constants={}), "sm_80", "missing ['BLOCK']"),
@@ -162,9 +170,27 @@ def module_with(*cases: Case) -> ModuleType:
     return module
 
 
+def test_a_case_is_compiled_for_the_cards_that_it_names():
+    everywhere, fp8 = double(), double(archs=("sm_89", "sm_90"))
+    jobs = kernels_aot.jobs_of([module_with(everywhere, fp8)], kernels_aot.ARCHS, "")
+    assert [arch for case, arch in jobs if case is everywhere] == ["sm_75", "sm_80", "sm_90"]
+    assert [arch for case, arch in jobs if case is fp8] == ["sm_89", "sm_90"]
+    assert kernels_aot.jobs_of([module_with(fp8)], ["sm_80"], "") == []
+
+
+def test_sums_and_products_stay_apart_where_the_launcher_keeps_them_apart():
+    """Fused, a product and a sum are one instruction; apart, they are two."""
+    case = Case(**vars(double()) | {"kernel": _multiply_and_add_kernel})
+    fused, apart = (
+        kernels_aot.compile_case(Case(**vars(case) | {"fp_fusion": fusion}), "sm_80") for fusion in (True, False)
+    )
+    assert apart.mix["fma"] == 2 * fused.mix["fma"] > 0
+
+
 def test_a_kernel_that_no_case_names_is_found():
     missing = kernels_aot.uncovered([module_with(double(), matmul())])
-    assert missing == [f"{__name__}._add_kernel", f"{__name__}.launched_under_another_name"]
+    others = ("_add_kernel", "_multiply_and_add_kernel", "launched_under_another_name")
+    assert missing == [f"{__name__}.{name}" for name in others]
 
 
 def test_main_prints_a_table_writes_numbers_and_tells_by_its_status(capsys, tmp_path, monkeypatch):
@@ -178,7 +204,7 @@ def test_main_prints_a_table_writes_numbers_and_tells_by_its_status(capsys, tmp_
     assert "_double_kernel" in shown
     rows = json.loads(file.read_text())["rows"]
     assert [(row["case"], row["failed"]) for row in rows] == [("bf16", False), ("*fp16 64x32", False)]
-    assert kernels_aot.main(["--arch", "sm_80"], modules) == 1, "two kernels have no case"
+    assert kernels_aot.main(["--arch", "sm_80"], modules) == 1, "some kernels have no case"
     assert "_add_kernel is in no CASES" in capsys.readouterr().out
     assert kernels_aot.main(["--kernel", "nothing_like_it"], modules) == 2
     assert kernels_aot.main(["--arch", "sm_80", "--kernel", "_kernel"], [module_with(double(tensor_cores=True))]) == 1

@@ -29,6 +29,7 @@ class Subject:
         autocast: compute in bf16 around wider tensors, as HF's Trainer does with bf16=True.
         flops: of one step, recomputation not counted.
         drops: whether anything draws dropout masks in training.
+        frozen_compute: the format of frozen weights where the model is fused.
     """
 
     bench: Bench
@@ -37,6 +38,7 @@ class Subject:
     autocast: bool
     flops: float
     drops: bool
+    frozen_compute: str = "full"
     report: Any = None
     is_fused: bool = False
 
@@ -49,7 +51,8 @@ class Subject:
         if fused == self.is_fused:
             return
         if fused:
-            self.report = fuse(self.model, self.bench.backend)
+            options: Any = {} if self.frozen_compute == "full" else {"frozen_compute": self.frozen_compute}
+            self.report = fuse(self.model, self.bench.backend, **options)
         else:
             unfuse(self.model)
         self.is_fused = fused

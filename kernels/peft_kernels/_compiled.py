@@ -150,6 +150,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "quantise": [_N, _P, _P, _P, _P, _N, _N, _P, _P, _T],
     "rescale": [_P, _N, _N, _N, _P, _P, _P, _P, _N, _T],
     "rescale_with_update": [_P, _N, _N, _N, _P, _P, _P, _P, _N, _N, _P, _N, _P, _N, _T],
+    "rescale_add": [_P, _N, _N, _N, _P, _P, _N, _T],
+    "softmax_codes": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _N, _P, _P, _P, _T],
     "swiglu": [_P, _N, _P, _N, _N, _N, _P, _T],
     "swiglu_back": [_P, _N, _P, _N, _P, _N, _N, _N, _P, _P, _T],
     "drop_down": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _N, _T],

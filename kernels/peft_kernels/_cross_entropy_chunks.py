@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._cross_entropy_codes import losses_and_gradient
+from .frozen_weight import FrozenWeight
+
 # On CPU the softmax walks blocks of rows that stay in a core's L2. Measured at M=512, H=576, V=49152, fp32, one thread:
 # all that is not GEMM takes 27 ms where whole chunks took 37 (the GEMMs 390 to 406).
 CACHE_BYTES = 2**20
@@ -18,7 +21,8 @@ ROW_ALIGN = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a call that is not a tensor. `softcap` 0 means none; `dtype` is that of the head's GEMMs."""
+    """Everything about a call that is not a tensor. `softcap` 0 means none; `dtype` is that of the head's GEMMs;
+    `codes` is the head where its products run on int8 units."""
 
     ignore_index: int
     softcap: float
@@ -29,6 +33,7 @@ class Plan:
     dtype: torch.dtype
     adapter_dtypes: tuple[torch.dtype, ...]
     scales: tuple[float, ...]
+    codes: FrozenWeight | None = None
 
 
 # Registered, so that FakeTensorMode and torch.compile see a shape and not a kernel.
@@ -242,4 +247,11 @@ def run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """`_chunks`, out of reach of autograd and of autocast, which `plan.dtype` has heard already."""
     with torch.no_grad(), torch.autocast(targets.device.type, enabled=False):
-        return _chunks(plan, targets, weights, inputs, wants)
+        if plan.codes is None:
+            return _chunks(plan, targets, weights, inputs, wants)
+        hidden = inputs[0]
+        assert hidden is not None
+        losses, dh = losses_and_gradient(
+            hidden, plan.codes, targets, weights, plan.ignore_index, plan.logit_scale, plan.chunk_rows, wants[0]
+        )
+        return losses, [dh, *[None] * (len(inputs) - 1)]

@@ -147,8 +147,7 @@ def _back_of_run(
 
         there = [dy for dy in dys if dy is not None]
         rows = [there[0].new_zeros(len(there[0]), n) if dy is None else dy for dy, n in zip(dys, widths, strict=True)]
-        laid = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        codes, row_scale = ops.quantise_rows(laid, scale, first.codes.dtype)
+        codes, row_scale = ops.quantise_parts(rows, scale, first.codes.dtype)
         term = (None, None, dtype, 0.0, None, 0)
         if low is not None:
             term = (low.d_low, low.A, dtype, low.p, low.seeds, low.salt)  # type: ignore[assignment]

@@ -82,8 +82,8 @@ def weight_norm(
     the adapter cancels the weight.
 
     Args:
-        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D). Any floating dtype, or codes (N, K), whose numbers
-            count as they are, with their rounding.
+        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D). Any floating dtype, or codes (N, K), which count
+            with their rounding.
         A: (r, K).
         B: (N, r).
         scale: alpha / r.

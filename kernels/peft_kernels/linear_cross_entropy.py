@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from ._cross_entropy_chunks import Plan, run
 from ._launch import Backend, compute_dtype, use_triton
+from .frozen_weight import FrozenWeight
 
 Reduction = Literal["sum", "mean", "none"]
 
@@ -180,6 +181,20 @@ def _validate(
         raise ValueError("linear_cross_entropy: " + "; ".join(faults) + ".")
 
 
+def _validate_codes(codes: FrozenWeight, weight: Tensor, more: bool) -> None:
+    """Raises one ValueError for codes that do not fit the head, or a head that is more than a product."""
+    if codes.format != "int8" or codes.columns is not None or codes.shape != weight.shape:
+        raise ValueError(
+            f"linear_cross_entropy: codes must be int8 {tuple(weight.shape)} without outlier columns, got "
+            f"{codes.format} {tuple(codes.shape)}."
+        )
+    if weight.requires_grad or more:
+        raise ValueError(
+            "linear_cross_entropy: codes are for a frozen head without bias, adapters, softcap, z_loss and reduction "
+            "none; leave them out."
+        )
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -195,6 +210,7 @@ def linear_cross_entropy(
     reduction: Reduction = "sum",
     logit_scale: float = 1.0,
     chunk_rows: int | None = None,
+    codes: FrozenWeight | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of `softmax(head(hidden))` against `targets`, without keeping logits (module docstring).
@@ -217,6 +233,8 @@ def linear_cross_entropy(
         logit_scale: factor of the logits (Cohere's multiplier, the inverse of Granite's divisor).
         chunk_rows: rows of logits at a time. Default: 64 to 256 rows, at most 32 MB where that leaves 64, on CPU;
             1024 to 8192 rows, at most 256 MB where that leaves 1024, on CUDA.
+        codes: int8 codes of a frozen `weight`: both products run on int8 units (`_cross_entropy_codes`). For a plain
+            head: no bias, adapters, softcap or z_loss, and no reduction "none".
         backend: "triton", "torch", or "auto" (triton where `hidden` lives on CUDA).
 
     Returns:
@@ -229,6 +247,8 @@ def linear_cross_entropy(
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
     _validate(hidden, weight, targets, bias, lora, rows, token_weights, (softcap, reduction, chunk_rows), autocast)
+    if codes is not None:
+        _validate_codes(codes, weight, bool(bias is not None or lora or softcap or z_loss or reduction == "none"))
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     wide = torch.promote_types(dtype, torch.float32)
     triton = use_triton(hidden, backend)
@@ -256,6 +276,7 @@ def linear_cross_entropy(
         dtype=dtype,
         adapter_dtypes=kinds,
         scales=tuple(a.scale for a in lora),
+        codes=codes,
     )
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if reduction == "none":

@@ -16,6 +16,9 @@ class Case:
         num_warps, num_stages: launch options.
         tensor_cores: whether the code must hold tensor-core instructions.
         aligned: arguments whose value (or address) is a multiple of 16, as the launcher's usually are.
+        archs: the cards that it is launched on.
+        demands: card → pattern of an instruction that its PTX must hold.
+        fp_fusion: whether the launcher lets a product and a sum become one instruction.
     """
 
     kernel: Any
@@ -26,3 +29,6 @@ class Case:
     num_stages: int = 2
     tensor_cores: bool = False
     aligned: tuple[str, ...] = field(default=())
+    archs: tuple[str, ...] = ("sm_75", "sm_80", "sm_90")
+    demands: dict[str, str] = field(default_factory=dict)
+    fp_fusion: bool = True

@@ -152,6 +152,49 @@ def project(
     return s
 
 
+@triton.jit
+def block_of(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's block of an (M, N) result, by its first row and column.
+
+    Blocks are numbered down a band of GROUP row blocks, then on to the next column block.
+    """
+    row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    band = tl.program_id(0) // (GROUP * column_blocks)
+    place = tl.program_id(0) % (GROUP * column_blocks)
+    height = tl.minimum(row_blocks - band * GROUP, GROUP)
+    return (band * GROUP + place % height) * ROWS, (place // height) * COLUMNS
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    low_ptr,  # at the block's first row
+    up_ptr,  # at the block's first column
+    rows,
+    columns,
+    live,
+    wanted,
+    N,
+    r,
+    RANK: tl.constexpr,
+    UP_TRANSPOSED: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc + low·up for one block."""
+    for j in range(0, r, RANK):
+        ranks = j + tl.arange(0, RANK)
+        low = tl.load(
+            low_ptr + rows[:, None] * r + ranks[None, :], mask=live[:, None] & (ranks < r)[None, :], other=0.0
+        )
+        inside = (ranks < r)[:, None] & wanted[None, :]
+        if UP_TRANSPOSED:
+            up = tl.load(up_ptr + columns[None, :] * r + ranks[:, None], mask=inside, other=0.0)
+        else:
+            up = tl.load(up_ptr + ranks[:, None] * N + columns[None, :], mask=inside, other=0.0)
+        acc = tl.dot(widened(low, INTERPRET), widened(up, INTERPRET), acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def _seeded_gemm_kernel(
     left_ptr,  # (M, D)
@@ -182,14 +225,7 @@ def _seeded_gemm_kernel(
     DROPOUT: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    # Blocks are numbered down a band of GROUP row blocks, then on to the next column block.
-    row_blocks, column_blocks = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
-    band = tl.program_id(0) // (GROUP * column_blocks)
-    place = tl.program_id(0) % (GROUP * column_blocks)
-    height = tl.minimum(row_blocks - band * GROUP, GROUP)
-    first = (band * GROUP + place % height) * ROWS
-    first_column = (place // height) * COLUMNS
-
+    first, first_column = block_of(M, N, ROWS, COLUMNS, GROUP)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     live, wanted = rows < M - first, columns < N - first_column
     left_ptr += first.to(tl.int64) * D
@@ -199,17 +235,7 @@ def _seeded_gemm_kernel(
     up_ptr += first_column.to(tl.int64) * (r if UP_TRANSPOSED else 1)
 
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for j in range(0, r, RANK):
-        ranks = j + tl.arange(0, RANK)
-        low = tl.load(
-            low_ptr + rows[:, None] * r + ranks[None, :], mask=live[:, None] & (ranks < r)[None, :], other=0.0
-        )
-        inside = (ranks < r)[:, None] & wanted[None, :]
-        if UP_TRANSPOSED:
-            up = tl.load(up_ptr + columns[None, :] * r + ranks[:, None], mask=inside, other=0.0)
-        else:
-            up = tl.load(up_ptr + ranks[:, None] * N + columns[None, :], mask=inside, other=0.0)
-        acc = tl.dot(widened(low, INTERPRET), widened(up, INTERPRET), acc, input_precision="ieee")
+    acc = add_low_rank(acc, low_ptr, up_ptr, rows, columns, live, wanted, N, r, RANK, UP_TRANSPOSED, INTERPRET)
     acc *= scale
     if DROPOUT:
         keep = keep_tile(

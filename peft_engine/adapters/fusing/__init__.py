@@ -21,7 +21,7 @@ from ... import processes
 from ...errors import ConfigError
 from . import attention, freezing, loss, modules, probing
 from .formats import FrozenCompute, passes_status
-from .frozen_linear import FrozenForward, frozen_of, take_back
+from .frozen_linear import PREFIX, FrozenForward, frozen_of, take_back
 from .frozen_record import BOUND, FrozenRecord
 from .linears import FusedLoraLinear, why_not
 from .outliers import Lever
@@ -202,6 +202,8 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if ATTRIBUTE in module.__dict__:
             give_back(module)
+            for name in [name for name in module._buffers if name.startswith(PREFIX)]:
+                delattr(module, name)
     if rounded:
         warnings.warn(
             f"peft_engine.unfuse: the weights of {rounded} frozen linears come back as they were rounded; load the "
@@ -364,5 +366,10 @@ def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: 
         return
     swap(head, modules.subclass(type(head), loss.Handover), _state_or_new(head, "head", backend, rows))
     state = Fused(original_class(model), "linear_cross_entropy", backend, rows, salt_of(label), {"logits": logits})
+    if report.record is not None and report.record.head:
+        refused = loss.why_not_int8(head, logits)
+        state.extra["int8_head"] = refused is None
+        if refused:
+            report.kept_full["the head in the loss"] = refused
     swap(model, modules.subclass(original_class(model), loss.CausalLossForward), state)
     report.swapped[label] = "linear_cross_entropy"

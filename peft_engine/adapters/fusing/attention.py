@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_kernels._launch import Backend
 from peft_kernels.dropout import dropout as drop
+from peft_kernels.dropped_attention import dropped_attention
 from peft_kernels.rope import rope
 
 from .probing import is_half_rotation
@@ -131,10 +132,17 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and causal and query.shape[2] > 1:
-        attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    if _keeps_no_probabilities(query, key, value, attention_mask):
+        if attention_mask is not None:
+            attention_mask = attention_mask[(None,) * (4 - attention_mask.dim())]
+        seeds = state.rows.of(query, state.salt)
+        y = dropped_attention(query, key, value, attention_mask, dropout, seeds, state.salt, scale=scale)
+        return y.transpose(1, 2).contiguous(), None
+    scores = torch.matmul(query * scale, key.transpose(2, 3))
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
     elif attention_mask is not None:
@@ -143,6 +151,14 @@ def attend(
     probabilities = torch.ops.aten._safe_softmax(scores, -1) if _blind(attention_mask) else scores.softmax(-1)
     kept = drop(probabilities, dropout, state.rows.of(query, state.salt), state.salt, backend=state.backend)
     return torch.matmul(kept, value.to(kept.dtype)).transpose(1, 2).contiguous(), None
+
+
+def _keeps_no_probabilities(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the fused form takes these: wide plain tensors of one dtype, and a mask that does not train."""
+    kinds = {t.dtype for t in (query, key, value)}
+    autocast = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64
+    plain = len(kinds) == 1 and kinds <= {torch.float32, torch.float64} and not autocast
+    return plain and not (mask is not None and mask.requires_grad) and not torch.compiler.is_compiling()
 
 
 def _blind(mask: Tensor | None) -> bool:

@@ -89,7 +89,7 @@ def decide(
     commonest = max(sorted(set(shapes)), key=lambda shape: (shapes.count(shape) * shape[0] * shape[1], shape))
     device, own = places[0].weight.device, places[0].weight.dtype
     format, why = decide_format(asked, device, cast(tuple[int, int], commonest), dtype or own)
-    record = FrozenRecord(format, why, lever, bound, head, kept_full=kept)
+    record = FrozenRecord(format, why, lever, bound, head and format is not None, kept_full=kept)
     if format is None:
         return record
     if lever != "none" and (format == "bf16" or calibrate is None):
@@ -140,7 +140,7 @@ def find_places(model: nn.Module) -> tuple[list[Place], dict[str, str]]:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     places = []
     for full_name, module in model.named_modules():
-        if type(module) not in LINEARS:
+        if not isinstance(module, LINEARS):
             continue
         owner = below.get(id(module))
         if owner is None and id(module) in below:
@@ -193,6 +193,8 @@ def _refusal(module: Any, owner: Any, head: bool, users: dict[int, int]) -> str 
             return "an adapter is merged into it"
     if users[id(weight)] > 1:
         return "its weight is tied to another module's"
+    if type(module) not in LINEARS:
+        return f"it is a {type(module).__name__} with a forward of its own"
     if hooked(module):
         return "hooks stand on it"
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:

@@ -68,8 +68,6 @@ def take_back(module: nn.Module) -> bool:
     weight = frozen.dequantised().to(frozen.dtype)
     if issubclass(original_class(module), Conv1D):
         weight = weight.t().contiguous()
-    for name in frozen.tensors():
-        delattr(module, PREFIX + name)
     module.weight = nn.Parameter(weight, requires_grad=False)
     del state_of(module).extra[KEY]
     return True

@@ -18,8 +18,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_kernels.dropout import dropout
+from peft_kernels.frozen_weight import FrozenWeight, freeze
 from peft_kernels.linear_cross_entropy import HeadAdapter, linear_cross_entropy
 
+from .frozen_linear import PREFIX
 from .linears import FusedLoraLinear, rate_of
 from .reading import attribute_of_self, forward_tree, value_of
 from .state import RowSeeds, hooked, once_each, original_class, state_of
@@ -301,10 +303,34 @@ def fused_loss(
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and type(wanted) is Tensor:
         rows = (wanted != ignored).nonzero().squeeze(1)  # costs no synchronisation here, and saves two GEMMs per row
     weight, bias, lora = head_parts(head, hidden)
+    plain = bias is None and not lora and not logits.softcap and not weight.requires_grad
     return linear_cross_entropy(
         flat, weight, wanted, bias=bias, lora=lora, rows=rows, ignore_index=ignored, softcap=logits.softcap,
         logit_scale=logits.scale, reduction=reduction, backend=state.backend,
+        codes=_codes_of(state.extra, head, weight) if plain and state.extra.get("int8_head") else None,
     )  # fmt: skip
+
+
+def _codes_of(extra: dict[str, Any], head: nn.Module, weight: Tensor) -> FrozenWeight:
+    """The head's weight in int8, made once: again where somebody put another weight in its place or changed it."""
+    held = extra.get("head_codes")
+    key = (weight.data_ptr(), weight._version, weight.device)
+    if held is None or held[0] != key:
+        held = (key, freeze(weight.detach(), "int8"))
+        extra["head_codes"] = held
+        for name, tensor in (("codes", held[1].codes), ("scale", held[1].scale)):
+            head.register_buffer(PREFIX + name, tensor, persistent=False)  # where memory is counted
+    codes: FrozenWeight = held[1]
+    return codes
+
+
+def why_not_int8(head: nn.Module, logits: Logits) -> str | None:
+    """Why a frozen head can't be read in int8 by the loss, None where it can."""
+    if isinstance(head, ModulesToSaveWrapper) or any(p.requires_grad for p in head.parameters()):
+        return "it trains"
+    if getattr(head, "bias", None) is not None:
+        return "it has a bias"
+    return "its logits are capped" if logits.softcap else None
 
 
 def head_parts(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None, list[HeadAdapter]]:

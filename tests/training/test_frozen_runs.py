@@ -1,0 +1,157 @@
+"""Runs whose frozen linears are codes: what run.json says, resume, and the use of a finished run as it was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparing import Crash, changed, crash_at, outcome
+from tiny import assemble, class_rows, config, pair_rows, write_rows
+
+from peft_engine.adapters.fusing.frozen_linear import frozen_of
+from peft_engine.adapters.fusing.frozen_record import FILE, read_record
+from peft_engine.config import Config
+from peft_engine.errors import ConfigError, StorageError
+from peft_engine.run import train
+from peft_engine.using import evaluate, export, generate, open_run, predict
+
+
+def settings(tiny_model: Any, folder: Path, task: str = "causal-lm", **model: Any) -> Config:
+    lm = task == "causal-lm"
+    rows = write_rows(folder / "rows.jsonl", pair_rows(28) if lm else class_rows(28))
+    return config(
+        task, tiny_model("llama" if lm else "bert"), rows, folder / "run",
+        model={"frozen_compute": "int8", **model},
+        adapter={"rank": 4, "dropout": 0.1},
+        data={"split": {"eval": 0.2, "test": 0.2}},
+        training={"steps": 8, "batch_size": 4, "micro_batch_size": 3, "learning_rate": 0.01, "save_every": 3},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+@pytest.mark.parametrize("lever", ["none", "smooth"])
+def test_a_run_says_what_it_froze_and_is_used_as_it_was_trained(task, lever, tiny_model, tmp_path) -> None:
+    given = settings(tiny_model, tmp_path, task, frozen_outliers=lever)
+    summary = train(given)
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    told, kernels = said["decisions"]["frozen_compute"], said["kernels"]
+    assert told.startswith("int8: asked for")
+    assert "the largest error 0.0" in told
+    assert kernels["frozen"]["int8"] > 8
+    assert set(kernels["frozen_errors"]) >= {"model.layers.0.mlp.up_proj" if task == "causal-lm" else "bert"} - {"bert"}
+    assert all(isinstance(reason, str) for reason in kernels["kept_full"].values())
+    assert kernels["passes"].startswith(("compiled by", "plain torch"))
+    assert read_record(tmp_path / "run" / FILE).lever == lever
+    assert said["memory"]["weights"] < 4 * said["total_parameters"]
+
+    assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
+    opened = open_run(tmp_path / "run")
+    assert sum(frozen_of(m) is not None for m in opened.group.model.modules()) == kernels["frozen"]["int8"]
+    full = open_run(tmp_path / "run", ("model.frozen_compute=full", "model.frozen_outliers=none"))
+    assert not any(frozen_of(m) is not None for m in full.group.model.modules())
+    if task == "causal-lm":
+        assert isinstance(generate(tmp_path / "run", "the quick", max_new_tokens=3), str)
+    else:
+        assert len(predict(tmp_path / "run", str(tmp_path / "rows.jsonl"))) == 28
+
+
+def test_the_adapter_is_a_plain_one(tiny_model, tmp_path) -> None:
+    train(settings(tiny_model, tmp_path))
+    names = {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
+    assert FILE not in names
+    folder, drift = export(tmp_path / "run", target=tmp_path / "copy")
+    assert folder == tmp_path / "copy"
+    assert drift.relative < 1e-3
+
+
+@pytest.mark.parametrize("compute", ["int8", "auto", "bf16"])
+def test_resume_gives_the_bits_of_an_undisturbed_run(compute, tiny_model, tmp_path, monkeypatch) -> None:
+    whole = settings(tiny_model, tmp_path, frozen_compute=compute)
+    if compute == "auto":  # which of two formats is faster may change from one second to the next
+        monkeypatch.setattr(
+            "peft_engine.adapters.fusing.formats.time_formats", lambda *_: {"full": 1.0, "int8": 0.5, "bf16": 0.4}
+        )
+    train(whole)
+    broken = changed(whole, output=str(tmp_path / "broken"))
+    with monkeypatch.context() as patched:
+        crash_at(patched, 5)
+        with pytest.raises(Crash):
+            train(broken)
+    monkeypatch.setattr(
+        "peft_engine.adapters.fusing.formats.time_formats", lambda *_: {"full": 1.0, "int8": 0.5, "bf16": 0.9}
+    )
+    train(broken, resume=True)
+    assert outcome(broken.output) == outcome(whole.output)
+    kept = read_record(tmp_path / "broken" / FILE)
+    assert kept.format == ("bf16" if compute != "int8" else "int8")
+
+
+def test_what_was_decided_must_be_there(tiny_model, tmp_path, monkeypatch) -> None:
+    given = settings(tiny_model, tmp_path)
+    with monkeypatch.context() as patched:
+        crash_at(patched, 5)
+        with pytest.raises(Crash):
+            train(given)
+    record = (tmp_path / "run" / FILE).read_bytes()
+    (tmp_path / "run" / FILE).unlink()
+    with pytest.raises(StorageError, match="is missing: it says which weights were rounded"):
+        train(given, resume=True)
+    (tmp_path / "run" / FILE).write_bytes(record)
+    train(given, resume=True)
+    (tmp_path / "run" / FILE).unlink()
+    with pytest.raises(StorageError, match="is missing: it says which weights were rounded"):
+        open_run(tmp_path / "run")
+    open_run(tmp_path / "run", ("model.frozen_compute=full",))
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva", "lora-ga", "olora"])
+def test_starts_that_are_made_of_the_weights_come_first(init, tiny_model, tmp_path) -> None:
+    """The same start as in full precision: the weights are rounded after it."""
+    given = settings(tiny_model, tmp_path)
+    adapter = given.adapter.model_copy(update={"init": init})
+    starts = []
+    for compute in ("int8", "full"):
+        model = given.model.model_copy(update={"frozen_compute": compute})
+        made = assemble(given.model_copy(update={"adapter": adapter, "model": model}))
+        starts.append({name: t.detach().clone() for name, t in made.group.members[0].tensors.items()})
+        assert (compute == "int8") == any(frozen_of(m) is not None for m in made.group.model.modules())
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(t, starts[1][name]) for name, t in starts[0].items())
+
+
+@pytest.mark.parametrize("method", ["bitfit", "head", "houlsby", "prompt", "ia3"])
+def test_other_methods_run_over_codes(method, tiny_model, tmp_path) -> None:
+    family = {"bitfit": "gpt2"}.get(method, "llama")
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(20))
+    given = config(
+        "causal-lm", tiny_model(family), rows, tmp_path / "run",
+        model={"frozen_compute": "int8"}, adapter={"method": method},
+        data={"split": {"eval": 0.2, "test": 0.0}}, training={"steps": 3, "batch_size": 4, "learning_rate": 0.01},
+    )  # fmt: skip
+    summary = train(given)
+    assert summary["kernels"]["frozen"]["int8"] > 0
+    assert evaluate(tmp_path / "run", "eval")["metrics"] == summary["metrics"]["after"]
+
+
+def test_packing_and_checkpointing_over_codes(tiny_model, tmp_path) -> None:
+    given = settings(tiny_model, tmp_path)
+    data = given.data.model_copy(update={"packing": True, "max_length": 64})
+    training = given.training.model_copy(update={"gradient_checkpointing": True})
+    adapter = given.adapter.model_copy(update={"dropout": 0.0})
+    packed = train(given.model_copy(update={"data": data, "training": training, "adapter": adapter}))
+    plain = train(given.model_copy(update={"adapter": adapter, "output": str(tmp_path / "plain")}))
+    assert packed["kernels"]["frozen"] == plain["kernels"]["frozen"]
+    assert packed["metrics"]["after"]["loss"] == pytest.approx(plain["metrics"]["after"]["loss"], rel=0.02)
+
+
+def test_an_int8_head_is_told(tiny_model, tmp_path) -> None:
+    summary = train(settings(tiny_model, tmp_path, frozen_head="int8"))
+    assert "the loss reads the head in int8" in summary["decisions"]["frozen_compute"]
+    assert read_record(tmp_path / "run" / FILE).head
+    assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
+
+
+def test_hardware_that_lacks_a_format_is_named(tiny_model, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="got fp8, and CPUs have no fp8 units"):
+        train(settings(tiny_model, tmp_path, frozen_compute="fp8"))
