@@ -10,26 +10,25 @@ training batch tells the outliers, the next one is measured, in eval mode:
                the rounded layers against float64
     gradients  of every adapter tensor, all layers rounded at once, against the same model in float64
 
-Relative error is ‖ours − truth‖ / ‖truth‖. Padded positions are left out of the layers. Exits with 1 where the cosine of
-a layer, in its outputs or its dx, is below 0.999.
+Relative error is ‖ours − truth‖ / ‖truth‖. Padded positions are left out of the layers. Exits with 1 where the cosine
+of a layer, in its outputs or its dx, is below 0.999.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft_kernels.frozen_weight import freeze_siblings
-from peft_kernels.lora_linear import Projection, lora_linears
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_engine.adapters.fusing import fuse, unfuse
+from peft_engine.adapters.fusing.freezing import Place, find_places
 from peft_engine.adapters.fusing.outliers import Outliers, choose, collect
 from peft_engine.adapters.group import Group
 from peft_engine.bench.cells import settings_of
@@ -44,6 +43,8 @@ from peft_engine.runtime import hardware, start, versions
 from peft_engine.tasks import Task, make_task
 from peft_engine.tasks.base import Batch
 from peft_engine.using import open_run
+from peft_kernels.frozen_weight import freeze_siblings
+from peft_kernels.lora_linear import Projection, lora_linears
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = {"smollm2": "eight-bit-lm", "minilm": "eight-bit-text"}
@@ -80,27 +81,7 @@ def error(ours: Tensor, truth: Tensor) -> Error:
     return Error(float(a @ b / (a.norm() * b.norm())), float((a - b).norm() / b.norm()))
 
 
-def frozen_linears(group: Group) -> dict[str, nn.Module]:
-    """Full name → every frozen linear that is not the output head; below peft's layers their base."""
-    heads = tuple(group.backbone.head_modules)
-    return {
-        name: module
-        for name, module in group.model.named_modules()
-        if type(module) in (nn.Linear, Conv1D)
-        and not any(p.requires_grad for p in module.parameters())
-        and not any(part in name for part in (".lora_A.", ".lora_B.", ".modules_to_save."))
-        and not name.endswith(heads)
-        and not any(f"{head}." in f"{name}." for head in heads)
-    }
-
-
-def weight_of(module: Any) -> Tensor:
-    """(N, K)"""
-    weight: Tensor = module.weight.detach()
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
-def captured(group: Group, linears: dict[str, nn.Module], stats: dict[str, Tensor], task: Task, batch: Batch):
+def captured(group: Group, places: list[Place], stats: dict[str, Tensor], task: Task, batch: Batch) -> Iterator[Layers]:
     """The layers with their x and dy in the forward and backward of one batch, linears of one input together."""
     xs: dict[str, Tensor] = {}
     dys: dict[str, Tensor] = {}
@@ -116,7 +97,8 @@ def captured(group: Group, linears: dict[str, nn.Module], stats: dict[str, Tenso
         return hook
 
     handles: list[Any] = []
-    for name, module in linears.items():
+    for place in places:
+        name, module = place.full_name, place.module
         handles.append(module.register_forward_pre_hook(keep_x(name)))
         whole = group.model.get_submodule(name.removesuffix(".base_layer"))  # whose output's gradient is its base's too
         handles.append(whole.register_forward_hook(keep_dy(name)))
@@ -132,12 +114,14 @@ def captured(group: Group, linears: dict[str, nn.Module], stats: dict[str, Tenso
         flat = t.reshape(-1, t.shape[-1])
         return flat[real] if len(flat) == len(real) else flat
 
-    together: dict[int, list[str]] = {}
-    for name in xs:
-        together.setdefault(id(stats[name]), []).append(name)
-    for names in together.values():
+    together: dict[int, list[Place]] = {}
+    for place in places:
+        if place.full_name in xs:
+            together.setdefault(id(stats[place.full_name]), []).append(place)
+    for members in together.values():
+        names = [place.full_name for place in members]
         own = [rows(dys[name]) if name in dys else None for name in names]
-        yield Layers(names, [weight_of(linears[name]) for name in names], rows(xs[names[0]]), own)
+        yield Layers(names, [place.weight for place in members], rows(xs[names[0]]), own)
 
 
 def measured(layers: Layers, format: Any, lever: Outliers) -> dict[str, Any]:
@@ -148,7 +132,7 @@ def measured(layers: Layers, format: Any, lever: Outliers) -> dict[str, Any]:
     truth = layers.x.double()
     found: dict[str, Any] = {
         "outputs": {
-            name: error(y, truth @ weight.double().T).__dict__
+            name: vars(error(y, truth @ weight.double().T))
             for name, y, weight in zip(layers.names, ys, layers.weights, strict=True)
         },
         "columns": 0 if lever.columns is None else len(lever.columns),
@@ -161,7 +145,7 @@ def measured(layers: Layers, format: Any, lever: Outliers) -> dict[str, Any]:
         wanted = torch.zeros_like(truth)
         for i, dy in zip(live, dys, strict=True):
             wanted += dy.double() @ layers.weights[i].double()
-        found["dx"] = error(dx, wanted).__dict__
+        found["dx"] = vars(error(dx, wanted))
     return found
 
 
@@ -208,12 +192,14 @@ def trained(config: Config) -> Group:
     return group
 
 
-def report(group: Group, task: Task, batches: list[Batch], formats: Iterable[str], levers: Iterable[str]):
+def report(
+    group: Group, task: Task, batches: list[Batch], formats: Iterable[str], levers: Iterable[str]
+) -> Iterator[dict[str, Any]]:
     """All figures of one model at one time: {format, lever, layers, gradients}, one after another."""
-    linears = frozen_linears(group)
-    stats = collect(group.model, linears, lambda: task.forward(group.model, batches[0]))
-    layers = list(captured(group, linears, stats, task, batches[1]))
-    weights = {name: weight_of(module) for name, module in linears.items()}
+    places, _ = find_places(group.model)
+    stats = collect(group.model, [place.full_name for place in places], lambda: task.forward(group.model, batches[0]))
+    layers = list(captured(group, places, stats, task, batches[1]))
+    weights = {place.full_name: place.weight for place in places}
     group.model.double()
     truth = gradients(group, task, batches[1])
     group.model.float()
@@ -232,8 +218,27 @@ def report(group: Group, task: Task, batches: list[Batch], formats: Iterable[str
 def whole(
     group: Group, task: Task, batches: list[Batch], format: Any, lever: Any, truth: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Errors of every adapter tensor's gradient with all layers rounded, and of all of them end to end."""
-    raise NotImplementedError
+    """Errors of every adapter tensor's gradient, and of all of them end to end, in the model frozen as in a run."""
+    model = group.model
+    places = [(place.module, place.module.weight) for place in find_places(model)[0]]
+    settings: dict[str, Any] = {"frozen_outliers": lever, "calibrate": lambda: task.forward(model, batches[0])}
+    report = fuse(model, "torch", format, **settings)
+    try:
+        found = gradients(group, task, batches[1])
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rounded weights, which are put back below
+            unfuse(model)
+        for module, weight in places:
+            module.weight = weight  # type: ignore[assignment]
+    live = [name for name, grad in truth.items() if bool(grad.any())]
+    ours, wanted = (torch.cat([of[name].flatten() for name in live]) for of in (found, truth))
+    assert report.record is not None
+    return {
+        "all": vars(error(ours, wanted)),
+        "tensors": {name: vars(error(found[name], truth[name])) for name in live},
+        "above_bound": {name: e for name, e in report.record.errors.items() if name in report.kept_full},
+    }
 
 
 def told(found: dict[str, Any]) -> str:
@@ -246,6 +251,10 @@ def told(found: dict[str, Any]) -> str:
         cells.append(
             f"{name}: cosine ≥ {cosine:.6f}, error {relative[len(relative) // 2]:.2%} median, {relative[-1]:.2%} worst"
         )
+    ends = found["gradients"]["all"]
+    cells.append(f"adapter gradients: cosine {ends['cosine']:.6f}, error {ends['relative']:.2%}")
+    if above := found["gradients"]["above_bound"]:
+        cells.append(f"{len(above)} linears kept full, the worst error {max(above.values()):.2%}")
     return "; ".join(cells)
 
 

@@ -300,10 +300,11 @@ def _hold_against_trained(
         merged = task.plain(str(part)).to(opened.runtime.device).eval()
         with opened.group.evaluating(opened.group.members[0]) as model:
             apart = compare(model, merged, task, data, split, size, opened.runtime, bound)
+    frozen = opened.group.fused.record if opened.group.fused else None
     record = {
         "schema": "peft-engine merge 1",
         "base": config.model.path,
-        "frozen_compute": config.model.frozen_compute,
+        "frozen_compute": (frozen.format if frozen else None) or "full",
         "reloaded": {"relative": drift.relative, "kl": drift.kl, "top1_agreement": drift.top1_agreement},
         "held_out": apart.to_json(),
         "versions": versions(),

@@ -705,6 +705,27 @@ def test_trap_12_the_bound_is_the_users(wobbly):
     assert kept["bounds"] == {"kl": 0.05, "top1_agreement": 0.9}
 
 
+@pytest.mark.parametrize("format", ["int8", "bf16"])
+def test_trap_12_a_rounded_run_is_merged_onto_its_own_weights_and_says_how_far_it_is(tiny_model, tmp_path, format):
+    model, data = {"frozen_compute": format}, {"split": {"eval": 0.0, "test": 0.4}}
+    of = settings(LM, tiny_model("llama"), tmp_path, pair_rows(30), model=model, data=data)
+    train(of)
+    folder, drift = export(of.output, merged=True)
+    kept = json.loads((folder / "merge.json").read_text())
+    assert kept["frozen_compute"] == format
+    assert kept["reloaded"]["relative"] == drift.relative < 1e-5  # the reload is what was merged
+    assert 1e-8 < kept["held_out"]["kl"] < 0.05
+    assert kept["held_out"]["relative"] > 1e-4
+    merged = load_file(folder / "model.safetensors")
+    for name, weight in load_file(tiny_model("llama") / "model.safetensors").items():
+        if "proj" not in name:
+            assert torch.equal(merged[name], weight)
+    with pytest.raises(VerificationError, match="bound 1e-09"):
+        export(of.output, merged=True, target=tmp_path / "other", max_kl=1e-9)
+    assert not (tmp_path / "other").exists()
+    assert export(of.output)[1].relative < 1e-5  # the adapter in plain peft, on weights that nobody rounded
+
+
 # 13 — tied embeddings
 
 
