@@ -95,13 +95,14 @@ def _numbered(seeds: list[int]) -> str:
 
 def _one_sided(ours: Results, theirs: Results, method: str) -> list[str]:
     """Numbers of a method that only one of the two has."""
-    sides = []
-    for of in (ours, theirs):
-        measured = {name for name in (*BOUNDS, FORGETTING) if of.measured(method, name)}
-        sides.append(measured | set(of.samples[method]))
-    told = [(f"only in the {side} results", here - there) for side, here, there in
-            (("new", *sides), ("old", *sides[::-1]))]  # fmt: skip
-    return [f"{method}: {', '.join(sorted(names))}: {where}, not compared." for where, names in told if names]
+    new, old = (
+        {name for name in (*BOUNDS, FORGETTING) if of.measured(method, name)} | set(of.samples[method])
+        for of in (ours, theirs)
+    )
+    sides = (("new", sorted(new - old)), ("old", sorted(old - new)))
+    return [
+        f"{method}: {', '.join(names)}: only in the {side} results, not compared." for side, names in sides if names
+    ]
 
 
 def _quality(found: dict[str, Any], ours: Results, theirs: Results) -> None:
@@ -194,11 +195,11 @@ def _costs(found: dict[str, Any], ours: Results, theirs: Results) -> None:
         for name, bound in BOUNDS.items():
             if not (timed if name in TIMES else sized or name != "peak_bytes"):
                 continue
-            new, old = ours.measured(method, name), theirs.measured(method, name)
+            sizes = ours.measured(method, name), theirs.measured(method, name)
             if name not in TIMES:
-                line = _cost(new, old, bound, 1.0)
+                line = _cost(*sizes, bound, 1.0)
             else:
-                line = _cost(new, old, bound if shared else ALL, shared or 1.0)
+                line = _cost(*sizes, bound if shared else ALL, shared or 1.0)
             if line is not None:
                 found["methods"][method][name] = line
 

@@ -21,12 +21,10 @@ def moves(differences: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
     """Judge all methods and numbers at once.
 
     A difference's noise is the larger of the method's own standard deviation over seeds and the pooled one of all
-    methods: one of three seeds may be small by chance, many are not. The margin is that of a t test on one side, with
-    the degrees of freedom of all methods, at FAMILY by the number of comparisons (Bonferroni). Methods that came out
-    the same to the last bit are no comparison, and tell nothing of the others' noise.
-
-    Where methods differ much in their noise, the chance of a false word is a little above FAMILY: the pooled degrees
-    of freedom are then more than a noisy method's own.
+    methods: one of three seeds may be small by chance, many are not. The margin is that of a t test on one side, at
+    FAMILY by the number of comparisons (Bonferroni). Its degrees of freedom are those of all methods where their noise
+    is alike, and fewer where a few methods make most of it (Satterthwaite 1946). Methods that came out the same to the
+    last bit are no comparison, and tell nothing of the others' noise.
 
     Args:
         differences: number → method → new − old, one per seed in common.
@@ -38,14 +36,12 @@ def moves(differences: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
     tests = sum(map(len, changed.values()))
     found: dict[str, dict[str, Move | None]] = {}
     for name, of in differences.items():
-        arrays = [np.asarray(each, dtype=np.float64) for each in changed[name].values()]
-        freedom = sum(len(each) - 1 for each in arrays)
-        pooled = sum(float(((each - each.mean()) ** 2).sum()) for each in arrays) / freedom if freedom else None
+        pooled, freedom = _pooled(list(changed[name].values()))
         found[name] = {}
         for method, each in of.items():
             if method not in changed[name]:
                 found[name][method] = Move(0.0, 0.0)
-            elif pooled is None:
+            elif freedom == 0:
                 found[name][method] = None
             else:
                 own = float(np.var(each, ddof=1)) if len(each) > 1 else 0.0
@@ -54,7 +50,20 @@ def moves(differences: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
     return found
 
 
-def _quantile(chance: float, freedom: int) -> float:
+def _pooled(each: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Variance over seeds of all methods, and its degrees of freedom; 0, 0 where no method has two seeds."""
+    each = [one for one in each if len(one) > 1]
+    if not each:
+        return 0.0, 0.0
+    variances = np.array([np.var(one, ddof=1) for one in each])
+    freedoms = np.array([len(one) - 1.0 for one in each])
+    whole = float((freedoms * variances).sum())
+    below = float((freedoms * variances**2).sum())
+    freedom = whole**2 / below if below > 0 else float(freedoms.sum())
+    return whole / float(freedoms.sum()), freedom
+
+
+def _quantile(chance: float, freedom: float) -> float:
     """What Student's t exceeds with this chance."""
     from scipy.stats import t
 

@@ -40,32 +40,28 @@ def family(random, methods, seeds, spread, drop=0.0):
     return bool(worse), "0" in worse
 
 
-def test_noise_of_seeds_is_seldom_a_regression():
-    """9 methods × 3 seeds of one truth: 5% for all together (what stood here before said 72%); 2,000 worlds hold
-    that within ±0.015."""
+@pytest.mark.parametrize(
+    "noise",
+    [
+        [0.01] * 9,  # what stood here before gave a false alarm in 72% of these
+        [0.1] + [0.01] * 8,  # a prefix that falls to chance with one seed of three
+        [0.1] * 3 + [0.01] * 6,
+        [0.01] * 2 + [0.0] * 7,  # seven that repeat to the last bit, and don't vouch for the others
+        [0.01],
+    ],
+    ids=["alike", "one", "three", "repeated", "alone"],
+)
+def test_noise_of_seeds_is_seldom_a_regression(noise):
+    """Methods × 3 seeds of one truth: any false alarm in 5% of worlds at most, and .01 for 1,500 of them."""
     random = np.random.default_rng(3)
-    alarms = np.mean([family(random, 9, 3, lambda m: 0.01)[0] for _ in range(2000)])
-    assert 0.02 <= alarms <= 0.065
-
-
-def test_noise_that_differs_between_methods_costs_little():
-    """One or three of nine methods with ten times the noise, as a prefix has: the docstring's "a little above"."""
-    for noisy in (1, 3):
-        random = np.random.default_rng(4)
-        alarms = np.mean([family(random, 9, 3, lambda m, n=noisy: 0.1 if m < n else 0.01)[0] for _ in range(1000)])
-        assert alarms <= 0.085
-
-
-def test_methods_that_repeat_to_the_bit_do_not_vouch_for_others():
-    random = np.random.default_rng(5)
-    alarms = np.mean([family(random, 9, 3, lambda m: 0.01 if m < 2 else 0.0)[0] for _ in range(2000)])
-    assert alarms <= 0.065
+    alarms = np.mean([family(random, len(noise), 3, lambda m: noise[m])[0] for _ in range(1500)])
+    assert 0 < alarms <= 0.06
 
 
 def test_a_real_drop_is_found():
-    """.04 where one seed's noise is .01: found 9 times in 10 among 9 methods of 3 seeds."""
+    """.05 where one seed's noise is .01: found 9 times in 10 among 9 methods of 3 seeds."""
     random = np.random.default_rng(6)
-    assert np.mean([family(random, 9, 3, lambda m: 0.01, drop=0.04)[1] for _ in range(500)]) >= 0.9
+    assert np.mean([family(random, 9, 3, lambda m: 0.01, drop=0.05)[1] for _ in range(500)]) >= 0.9
 
 
 def test_a_margin_by_hand():
