@@ -37,7 +37,7 @@ def row_of(found, method):
 
 
 def notes_with(folder, *words):
-    return [line for line in write_report(folder)["notes"] if all(word in line for word in words)]
+    return [line for line in report_of(folder)["notes"] if all(word in line for word in words)]
 
 
 def test_means_over_other_seeds_do_not_turn_a_paired_comparison(tmp_path):
@@ -47,7 +47,7 @@ def test_means_over_other_seeds_do_not_turn_a_paired_comparison(tmp_path):
         write(tmp_path, record("a", seed, class_items(share, seed, salt="a"), class_names=made_records.NAMES))
         write(tmp_path, record("full", seed, class_items(0.97, seed, salt="f"), class_names=made_records.NAMES))
     write(tmp_path, record("b", 0, class_items(0.75, 0, salt="b"), class_names=made_records.NAMES))
-    found = write_report(tmp_path)
+    found = report_of(tmp_path)
     means = {row["name"]: row["train_info"]["metrics"]["accuracy"]["mean"] for row in found["results"]}
     assert means["a"] > means["b"]
     assert [row["name"] for row in found["results"]] == ["full", "b", "a"]
@@ -60,7 +60,7 @@ def test_means_over_other_seeds_do_not_turn_a_paired_comparison(tmp_path):
 
 def test_a_seed_that_is_missing_leaves_the_order_of_the_others(copied, found):
     next((copied / "cells").glob("lora-final-1-*")).unlink()
-    told = write_report(copied)
+    told = report_of(copied)
     assert [row["name"] for row in told["results"]] == [row["name"] for row in found["results"]]
     assert told["notes"][0].startswith("Methods ran other seeds: lora lacks 1.")
 
@@ -118,7 +118,7 @@ def test_without_full_fine_tuning_as_reference_nothing_is_claimed(copied):
 
 def test_a_reference_is_what_its_cells_ran_not_its_name(copied):
     edited(copied, "full-final-*", lambda one: one["run_info"]["config"]["adapter"].__setitem__("method", "bitfit"))
-    assert write_report(copied)["claims"] == []
+    assert report_of(copied)["claims"] == []
 
 
 def test_the_suites_price_makes_the_cost_where_runs_named_none(copied, found):
@@ -155,7 +155,7 @@ def test_a_price_that_is_none_is_refused(copied, price):
     suite = copied / "suite.yaml"
     suite.write_text(suite.read_text() + f"usd_per_hour: {price}\n")
     with pytest.raises(ConfigError, match="usd_per_hour: got"):
-        write_report(copied)
+        report_of(copied)
 
 
 def differences(told, made, place="report"):
