@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, DataError, StorageError
+from ..meters.cost import cost_usd
 from .columns import columns_of
 from .records import read_records
 from .statistics import Sample, Sums, flat_sample, resample, sample
@@ -89,9 +90,32 @@ class Results:
     def _any(self) -> Record:
         return next(iter(next(iter(self.finals.values())).values()))
 
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The suite's price of its machine. Raises ConfigError where it is none."""
+        price = self.suite.get("usd_per_hour")
+        if price is None:
+            return None
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
+            raise ConfigError(
+                f"{self.folder / 'suite.yaml'}: usd_per_hour: got {price!r}, expected dollars above 0, or null.",
+                "Mend it there, and in the suite itself.",
+            )
+        return float(price)
+
+    def priced(self, record: Record) -> bool:
+        """Whether a record says nothing of cost itself, so that the suite's price counts."""
+        return info("cost_usd")(record) is None and self.usd_per_hour is not None
+
     def measured(self, method: str, name: str) -> dict[int, float]:
-        """seed → number, of the seeds that have one."""
+        """seed → number, of the seeds that have one. Cost: of training, where a record has none and the suite a
+        price."""
         each = {seed: MEASURED[name](record) for seed, record in self.finals.get(method, {}).items()}
+        if name == "cost_usd":
+            for seed, record in self.finals.get(method, {}).items():
+                seconds = MEASURED["train_seconds"](record)
+                if self.priced(record) and seconds is not None:
+                    each[seed] = cost_usd(seconds, self.usd_per_hour)
         return {seed: value for seed, value in each.items() if value is not None}
 
 

@@ -127,6 +127,10 @@ class Suite(Section):
     """Figures that others published for the same methods: the report shows them beside ours."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Stated limit of the whole suite on the machine that it was made for."""
+    usd_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Price of the machine, for cells whose config.budget names none; the report takes it, no cell's key holds it."""
+    price_source: str = ""
+    """Where that price stands, with the day; needed with one."""
 
     def rates(self, method: str) -> list[float]:
         """Learning rates of a method, rising."""
@@ -153,6 +157,8 @@ class Suite(Section):
             faults.append("methods.baseline: this name is the untouched model's; name it otherwise")
         if self.tuning.seed in self.seeds:
             faults.append(f"tuning.seed: {self.tuning.seed} is among seeds; take another")
+        if self.usd_per_hour is not None and not self.price_source.strip():
+            faults.append("price_source: is missing; say where usd_per_hour is from")
         if self.general_text and self.config.get("task") != "causal-lm":
             faults.append("general_text: measures language models; set it to null, or config.task: causal-lm")
         if faults:

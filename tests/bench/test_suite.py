@@ -48,6 +48,8 @@ def changed(**places):
         (changed(methods={}), "methods"),
         (changed(config__training=[]), "config.training: got \\[\\], expected settings written"),
         (changed(config__data="x"), "config.data: got 'x', expected settings written"),
+        (changed(usd_per_hour=0, price_source="x"), "usd_per_hour: got 0"),
+        (changed(usd_per_hour=1.5), "price_source: is missing; say where usd_per_hour is from"),
     ],
 )
 def test_faults_of_a_suite(tree, said):
@@ -99,6 +101,7 @@ def test_cells_of_a_suite():
 def test_a_key_is_of_what_decides_the_result():
     key = final_cells(suite_of(SUITE), "lora", 1e-3)[0].key
     same = changed(title="Another", minutes=9, tuning__share=0.25, methods__lora__learning_rates=[1.0])
+    same |= {"usd_per_hour": 0.5, "price_source": "a list"}
     assert final_cells(suite_of(same), "lora", 1e-3)[0].key == key
     for other in (changed(config__data__max_length=9), changed(budget={"steps": 7}), changed(config__kernels="off")):
         assert final_cells(suite_of(other), "lora", 1e-3)[0].key != key
