@@ -46,8 +46,8 @@ def notes(found: dict[str, Any]) -> list[str]:
     price = found["run_info"]["price"]
     if price and 0 < price["cells"] < len(found["cells"]):
         lines.append(
-            f"Cost is of training alone in {price['cells']} of {len(found['cells'])} cells, and of the whole run in "
-            "those that recorded it themselves."
+            f"Cost is by the suite's price in {price['cells']} of {len(found['cells'])} cells, "
+            "by their own in the others."
         )
     return lines
 

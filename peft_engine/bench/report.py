@@ -246,11 +246,11 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _cost(found: dict[str, Any]) -> str:
     """What the costs are made of; empty where there are none."""
     price = found["run_info"]["price"]
-    told = f"training at {price['usd_per_hour']:g} USD an hour ({price['source']})" if price and price["cells"] else ""
-    recorded = sum(cell["train_info"].get("cost_usd") is not None for cell in found["cells"])
-    own = (
-        f"{counted(recorded, 'cell')} as recorded, the whole run at its config.budget.usd_per_hour" if recorded else ""
+    told = (
+        f"whole runs at {price['usd_per_hour']:g} USD an hour ({price['source']})" if price and price["cells"] else ""
     )
+    recorded = sum(cell["train_info"].get("cost_usd") is not None for cell in found["cells"])
+    own = f"{counted(recorded, 'cell')} as recorded, by config.budget.usd_per_hour" if recorded else ""
     return "; ".join(part for part in (told, own) if part)
 
 

@@ -108,12 +108,12 @@ class Results:
         return info("cost_usd")(record) is None and self.usd_per_hour is not None
 
     def measured(self, method: str, name: str) -> dict[int, float]:
-        """seed → number, of the seeds that have one. Cost: of training, where a record has none and the suite a
-        price."""
+        """seed → number, of the seeds that have one. Cost: of the whole run, by the suite's price where a
+        record has none."""
         each = {seed: MEASURED[name](record) for seed, record in self.finals.get(method, {}).items()}
         if name == "cost_usd":
             for seed, record in self.finals.get(method, {}).items():
-                seconds = MEASURED["train_seconds"](record)
+                seconds = MEASURED["wall_seconds"](record)
                 if self.priced(record) and seconds is not None:
                     each[seed] = cost_usd(seconds, self.usd_per_hour)
         return {seed: value for seed, value in each.items() if value is not None}

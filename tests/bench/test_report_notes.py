@@ -130,13 +130,10 @@ def test_the_suites_price_makes_the_cost_where_runs_named_none(copied, found):
     assert told["run_info"]["price"] == {"usd_per_hour": 0.36, "source": "a price list of 2026-11-23", "cells": 12}
     for row in told["results"]:
         facts = row["train_info"]
-        known = {seed: seconds * 1e-4 for seed, seconds in facts["train_seconds"]["by_seed"].items()}
+        known = {seed: seconds * 1e-4 for seed, seconds in facts["wall_seconds"]["by_seed"].items()}
         assert facts["cost_usd"]["by_seed"] == pytest.approx(known)
-    assert row_of(told, "lora")["train_info"]["shares"]["cost_usd"]["ratio"] == pytest.approx(
-        row_of(told, "lora")["train_info"]["shares"]["train_seconds"]["ratio"]
-    )
     for name in ("report.html", "report.md"):
-        assert "training at 0.36 USD an hour (a price list of 2026-11-23)" in (copied / name).read_text()
+        assert "whole runs at 0.36 USD an hour (a price list of 2026-11-23)" in (copied / name).read_text()
 
 
 def test_a_price_that_a_run_recorded_wins(copied, found):
@@ -147,7 +144,7 @@ def test_a_price_that_a_run_recorded_wins(copied, found):
     assert told["run_info"]["price"]["cells"] == 0
     assert "elsewhere" not in (copied / "report.md").read_text()
     edited(copied, "lora-final-*", lambda one: one["train_info"].__setitem__("cost_usd", None))
-    assert len(notes_with(copied, "Cost is of training alone in 3 of 12 cells")) == 1
+    assert len(notes_with(copied, "Cost is by the suite's price in 3 of 12 cells")) == 1
 
 
 @pytest.mark.parametrize("price", ["lots", "-1", "true", ".inf"])
