@@ -31,6 +31,8 @@ def report(folder: Path, against: Path | None, as_json: bool) -> None:
     def show() -> None:
         for line in (*found["summary"], *found["notes"]):
             click.echo(line)
+        for one in found["left_out"]:
+            click.echo(f"{one['cell']} left out: {one['reason']}.")
         click.echo(f"{folder}/report.html, report.md, report.csv, report.json")
 
     if against is None:
