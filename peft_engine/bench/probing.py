@@ -59,6 +59,6 @@ def probe(
         failure = failure_of(job, problem)
     if failure["exit_code"] == 1:
         say("\n".join(failure["log_tail"]))
-    error = EngineError(f"The probe of {cell.method} failed: {failure['reason']}", failure["fix"])
-    error.exit_code = failure["exit_code"]
-    raise error
+    failed = EngineError(f"The probe of {cell.method} failed: {failure['reason']}", failure["fix"])
+    failed.exit_code = failure["exit_code"]
+    raise failed
