@@ -32,7 +32,7 @@ def probe(
     """
     suite = results.suite
     cell = results.final(suite.reference, suite.rates(suite.reference)[0])[0]
-    say(f"Nothing has run yet: timing a few steps of {cell.method} in a process of its own. Nothing is recorded.")
+    say(f"No cell has trained yet: timing a few steps of {cell.method} in a process of its own. Nothing is recorded.")
     near = next(folder for folder in (results.folder, *results.folder.absolute().parents) if folder.is_dir())
     stopped: list[str] = []
     # beside the results, where a cell's files would be, and not in a /tmp that a large model fills
