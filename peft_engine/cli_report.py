@@ -33,6 +33,8 @@ def report(folder: Path, against: Path | None, as_json: bool) -> None:
         said = [found["unclaimed"]] if found["unclaimed"] else []
         for line in (*found["summary"], *said, *found["notes"]):
             click.echo(line)
+        for one in found["left_out"]:
+            click.echo(f"{one['cell']} left out: {one['reason']}.")
         click.echo(f"{folder}/report.html, report.md, report.csv, report.json")
 
     if against is None:

@@ -73,6 +73,12 @@ def _write(path: Path, content: str) -> None:
         raise StorageError(f"{path}: can't be written: {error}", "Free the disk, or mend the rights.") from error
 
 
+def tried_by(found: dict[str, Any]) -> str:
+    """The metric that learning rates are chosen by: the report's, where evaluations while training have it."""
+    curves = [curve for row in found["results"] for curve in row["train_info"]["eval_curves"].values() if curve]
+    return found["primary"] if not curves or any(found["primary"] in curve[-1] for curve in curves) else "loss"
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """For people: `–` where there is none."""
     return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
@@ -212,6 +218,7 @@ def as_html(found: dict[str, Any]) -> str:
         legend=LEGEND,
         signs=SIGNS,
         facts=_facts(found),
+        tried_by=tried_by(found),
         published=published_lines(found),
         published_words=published_words(found) if found["published"] else [],
         published_columns=PUBLISHED,
@@ -305,7 +312,7 @@ def as_markdown(found: dict[str, Any]) -> str:
         ]
         for line in found["learning_rates"]
     ]
-    text += [*_rows([["method", "chosen", f"tried: last eval {found['primary']}", ""], *rates]), "", "## What ran", ""]
+    text += [*_rows([["method", "chosen", f"tried: last eval {tried_by(found)}", ""], *rates]), "", "## What ran", ""]
     text += [f"- {name}: {_plain(value)}" for name, value in _facts(found)]
     return "\n".join(text) + "\n"
 

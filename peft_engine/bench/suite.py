@@ -33,6 +33,8 @@ TAKEN = {
 """Settings of a run that a suite decides in its own way."""
 SAME = {"batch_size", "precision"}
 """Of `training`: what must be the same for all methods, beside what is taken."""
+SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error", "mean_absolute_error")
+"""Of all metrics; of the others more is better."""
 
 
 class RunBudget(Section):
@@ -115,6 +117,9 @@ class Suite(Section):
     """The same for every method."""
     reference: str = "full"
     """Method that the others are compared with."""
+    primary: str | None = None
+    """Metric that methods are ranked by, and learning rates chosen by where evaluations while training have it (else by
+    loss); null is the task's own."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
     """Of the final cells: initialisation, data order, dropout."""
     tuning: Tuning = Tuning()
