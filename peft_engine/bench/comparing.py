@@ -1,12 +1,14 @@
 """Two results folders of one benchmark against each other: what got worse, slower or larger beyond noise.
 
 Quality and forgetting: new − old on the same seeds and test rows moved beyond what noise makes of all comparisons
-together (see noise.py), and by more than ROUNDING. With one seed in common there is no noise of seeds to hold it
-against: then the paired 95% interval over test items decides, and a note says so.
+together (see noise.py), by more than ROUNDING, and the paired 95% interval over seeds and test items excludes 0. The
+metrics of ALSO are a family of their own. With one seed in common there is no noise of seeds to hold it against: then
+the interval over test items decides, and a note says so. What fell and isn't told from noise is a note.
 
-Times: a whole machine is slower in some hours than in others. What all methods share, the median of their ratios of
-step times, is told by itself, and each method is held against it. Times, and memory by itself, are worse where the
-ratio of medians over seeds is beyond BOUNDS, and the ranges over seeds don't touch.
+Times: a whole machine is slower in some hours than in others. What all methods share is told by itself, and each
+method is held against it: the median of their ratios of step times where these are alike, else the least of them.
+Times, and sizes by themselves, are worse where the ratio of medians over seeds is beyond BOUNDS, and the ranges don't
+touch.
 """
 
 from pathlib import Path
@@ -17,16 +19,28 @@ import numpy as np
 
 from ..errors import ConfigError
 from .likeness import known, listed, meta, other_conditions, refuse_another
-from .noise import FAMILY, moves
+from .noise import FAMILY, Move, moves
 from .scoring import Results, load
-from .statistics import paired
+from .statistics import Interval, Sample, paired
+from .suite import SMALLER_IS_BETTER
 from .tables import bounds
 
 ROUNDING = 1e-4
-BOUNDS = {"step_seconds": 1.10, "train_seconds": 1.10, "peak_bytes": 1.05, "optimizer_state_bytes": 1.05}
+BOUNDS = {
+    "step_seconds": 1.10,
+    "train_seconds": 1.10,
+    "evaluate_seconds": 1.25,
+    "peak_bytes": 1.05,
+    "optimizer_state_bytes": 1.05,
+    "adapter_file_bytes": 1.05,
+}
 ALL = 1.25
 """Bound of what all methods share, and of a method that has no other beside it."""
-TIMES = ("step_seconds", "train_seconds")
+ALIKE = 1.10
+"""All methods are slower where the largest ratio is at most this many times the smallest."""
+TIMES = ("step_seconds", "train_seconds", "evaluate_seconds")
+ALSO = ("accuracy", "f1", "exact_match", "pearson", "loss")
+"""Metrics that are compared beside the primary one; the others are functions of these, or go with them."""
 FORGETTING = "forgetting"
 
 
@@ -106,45 +120,99 @@ def _one_sided(ours: Results, theirs: Results, method: str) -> list[str]:
 
 
 def _quality(found: dict[str, Any], ours: Results, theirs: Results) -> None:
-    """Lines of the primary metric and of forgetting."""
-    primary = {method: [_by_seed(of, method) for of in (ours, theirs)] for method in found["methods"]}
-    forgotten = {method: [of.measured(method, FORGETTING) for of in (ours, theirs)] for method in found["methods"]}
-    pairs = {ours.primary: _paired(primary), FORGETTING: _paired(forgotten)}
-    judged = moves({name: {m: new - old for m, (_, new, old) in of.items()} for name, of in pairs.items()})
-    single = []
-    for name, of in pairs.items():
-        sign = -1 if name == FORGETTING or not ours.maximize else 1
-        for method, (seeds, new, old) in of.items():
-            line: dict[str, Any] = {"old": float(old.mean()), "new": float(new.mean()), "seeds": seeds}
-            move = judged[name][method]
-            if move is None:
-                interval = _over_items(ours, theirs, method) if name == ours.primary else None
-                if interval is None:
-                    found["notes"].append(f"{method}: {name}: one seed in common, no noise is known: not compared.")
+    """Lines of the primary metric and of forgetting, and of ALSO, each family judged by itself."""
+    methods, sides = list(found["methods"]), (ours, theirs)
+    metrics = [ours.primary, *(name for name in ALSO if name != ours.primary)]
+    values = {name: {method: [_by_seed(of, method, name) for of in sides] for method in methods} for name in metrics}
+    values[FORGETTING] = {method: [of.measured(method, FORGETTING) for of in sides] for method in methods}
+    pairs = {name: _paired(of) for name, of in values.items()}
+    single: list[str] = []
+    for family in ((ours.primary, FORGETTING), metrics[1:]):
+        judged = moves({name: {m: (new, old) for m, (_, new, old) in pairs[name].items()} for name in family})
+        for name in family:
+            for method, (seeds, new, old) in pairs[name].items():
+                drawn = _drawn(ours, theirs, method, name)
+                line = _line(name, seeds, new, old, judged[name][method], drawn, ours.maximize, ours.primary)
+                if line is None:
+                    if name in (ours.primary, FORGETTING):
+                        found["notes"].append(f"{method}: {name}: one seed in common, no noise is known: not compared.")
                     continue
-                single.append(method)
-                mean, beyond = interval.mean, interval.excludes_zero
-                line |= {"by": "items", "difference": bounds(interval)}
-            else:
-                mean, beyond = move.mean, abs(move.mean) > move.margin
-                low, high = move.mean - move.margin, move.mean + move.margin
-                line |= {"by": "seeds", "difference": {"mean": mean, "low": low, "high": high}}
-            scale = 1.0 if name == FORGETTING else abs(line["old"])  # a change by forgetting may start from none
-            moved = beyond and abs(mean) > ROUNDING * scale
-            line["verdict"] = "same" if not moved else "better" if sign * mean > 0 else "worse"
-            found["methods"][method][name] = line
+                if line["by"] == "items" and method not in single:
+                    single.append(method)
+                found["methods"][method][name] = line
+                if name == ours.primary and line["verdict"] == "same":
+                    found["notes"] += _unsure(
+                        method, line, new - old, judged[name][method], [of.samples[method][name] for of in sides]
+                    )
     if single:
         found["notes"].append(
             f"One seed in common of {', '.join(single)}: quality is held against the 95% interval over test items. "
             "Noise of seeds is not in it, and each method has a chance of its own, 5%, to seem otherwise."
         )
-    for method in found["methods"]:
-        if primary[method][0] and primary[method][1] and method not in pairs[ours.primary]:
+    for method in methods:
+        if all(values[ours.primary][method]) and method not in pairs[ours.primary]:
             found["notes"].append(f"{method}: no seed in common: quality is not compared.")
 
 
-def _by_seed(found: Results, method: str) -> dict[int, float]:
-    one = found.samples[method].get(found.primary)
+def _line(
+    name: str,
+    seeds: list[int],
+    new: np.ndarray,
+    old: np.ndarray,
+    move: Move | None,
+    drawn: Interval | None,
+    maximize: bool,
+    primary: str,
+) -> dict[str, Any] | None:
+    """One number of one method; `drawn`: its paired interval where items were kept. None where nothing tells noise."""
+    line: dict[str, Any] = {"old": float(old.mean()), "new": float(new.mean()), "seeds": seeds}
+    if move is None:
+        if drawn is None:
+            return None
+        mean, beyond = drawn.mean, drawn.excludes_zero
+        line |= {"by": "items", "difference": bounds(drawn)}
+    else:
+        mean, beyond = move.mean, abs(move.mean) > move.margin and (drawn is None or drawn.excludes_zero)
+        line |= {"by": "seeds", "difference": {"mean": mean, "low": mean - move.margin, "high": mean + move.margin}}
+    up = maximize if name == primary else name not in (*SMALLER_IS_BETTER, FORGETTING)
+    scale = 1.0 if name == FORGETTING else abs(line["old"])  # a change by forgetting may start from none
+    moved = beyond and abs(mean) > ROUNDING * scale
+    line["higher_is_better"] = up
+    line["verdict"] = "same" if not moved else "better" if (mean > 0) == up else "worse"
+    return line
+
+
+def _beyond_items(samples: list[Sample], seed: int) -> bool:
+    """Whether one seed's difference excludes 0 under draws of test items; True where none were kept."""
+    if not all(one.over_items for one in samples):
+        return True
+    between = paired(*(one.only([seed]) for one in samples))
+    return between is not None and between.excludes_zero
+
+
+def _unsure(
+    method: str, line: dict[str, Any], moved: np.ndarray, move: Move | None, samples: list[Sample]
+) -> list[str]:
+    """What fell, and is not told from noise: the mean by the interval of draws, a seed by the other methods' noise."""
+    drawn = paired(*samples) if all(one.over_items for one in samples) else None
+    sign = 1 if line["higher_is_better"] else -1
+    text = f"{method}: {line['old']:.4f} → {line['new']:.4f} is not told from its own noise over seeds"
+    if move is None:
+        return []
+    fallen = [
+        f"seed {seed} moved by {change:+.4f}"
+        for seed, change in zip(line["seeds"], moved, strict=True)
+        if sign * change < -max(move.single or 0.0, ROUNDING) and _beyond_items(samples, seed)
+    ]
+    if fallen:
+        return [f"{text}, but {', '.join(fallen)}, farther than test items and other methods explain: look at it."]
+    if drawn is not None and drawn.excludes_zero and sign * drawn.mean < 0 and abs(drawn.mean) > ROUNDING:
+        return [f"{text} (±{move.margin:.4f}), but all draws of seeds and test items fell: more seeds would tell."]
+    return []
+
+
+def _by_seed(found: Results, method: str, name: str) -> dict[int, float]:
+    one = found.samples[method].get(name)
     return dict(zip(one.seeds, map(float, one.values), strict=True)) if one else {}
 
 
@@ -157,9 +225,11 @@ def _paired(sides: dict[str, list[dict[int, float]]]) -> dict[str, tuple[list[in
     return found
 
 
-def _over_items(ours: Results, theirs: Results, method: str) -> Any:
-    """new − old with its interval over test items; None where items were not kept."""
-    one, other = (of.samples[method][of.primary] for of in (ours, theirs))
+def _drawn(ours: Results, theirs: Results, method: str, name: str) -> Interval | None:
+    """new − old with its interval over seeds and test items; None where items were not kept."""
+    one, other = (of.samples[method].get(name) for of in (ours, theirs))
+    if one is None or other is None:
+        return None
     return paired(one, other) if one.over_items and other.over_items else None
 
 
@@ -184,13 +254,20 @@ def _costs(found: dict[str, Any], ours: Results, theirs: Results) -> None:
         ratio for method in methods
         if (ratio := _ratio(ours.measured(method, TIMES[0]), theirs.measured(method, TIMES[0])))
     ]  # fmt: skip
-    shared = median(ratios) if timed and len(ratios) > 1 else None
+    shared, alike = None, True
+    if timed and len(ratios) > 1:
+        alike = max(ratios) <= ALIKE * min(ratios)
+        shared = median(ratios) if alike else min(ratios)
     found["all_methods"] = shared
     if shared and shared > ALL:
-        found["regressions"].append(f"all methods are {shared:.2f}× slower (bound {ALL:.2f}×), by their step times")
+        least = "" if alike else "at least "
+        found["regressions"].append(
+            f"all methods are {least}{shared:.2f}× slower (bound {ALL:.2f}×), by their step times"
+        )
     elif shared and not 1 / 1.10 <= shared <= 1.10:
         word = f"{shared:.2f}× slower" if shared > 1 else f"{1 / shared:.2f}× faster"
-        notes.append(f"All methods are {word}: so may the machine be. Each is held against that.")
+        least = "" if alike else ", the least of them" if shared > 1 else ", the most of them"
+        notes.append(f"All methods are {word}{least}: so may the machine be. Each is held against that.")
     for method in methods:
         for name, bound in BOUNDS.items():
             if not (timed if name in TIMES else sized or name != "peak_bytes"):

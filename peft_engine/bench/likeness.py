@@ -7,6 +7,9 @@ from ..errors import ConfigError
 from .scoring import Record, Results
 
 Read = Callable[[Record], Any]
+SHOWN = 5
+"""Settings that are named of a method; of more, how many."""
+TOLD = ("training.learning_rate", "training.seed")
 
 
 def refuse_another(ours: Results, theirs: Results, methods: list[str]) -> list[str]:
@@ -52,7 +55,14 @@ def other_conditions(ours: Results, theirs: Results, methods: list[str]) -> list
         told = [f"{name} {listed(old)} → {listed(new)}" for name, (new, old) in each.items() if new != old]
         if told:
             lines.append(f"Other {what}: {', '.join(told)}.")
+    for method in methods:
+        after, before = (_settings(found, method) for found in (ours, theirs))
+        if other := sorted(name for name in {*after, *before} if after.get(name) != before.get(name)):
+            told = [f"{name} {before.get(name)} → {after.get(name)}" for name in other[:SHOWN]]
+            told += [f"{len(other) - SHOWN} more"] if len(other) > SHOWN else []
+            lines.append(f"{method}: other settings: {', '.join(told)}.")
     for what, one_read in (
+        ("fused parts", _swapped),
         ("learning rate", lambda record: record["run_info"].get("learning_rate")),
         ("steps", lambda record: record["train_info"].get("steps")),
     ):
@@ -121,6 +131,30 @@ def told_commit(git: Any) -> str | None:
     if not isinstance(git, dict) or not git.get("commit"):
         return None
     return str(git["commit"])[:7] + (" with changes" if git.get("dirty") else "")
+
+
+def _settings(found: Results, method: str) -> dict[str, Any]:
+    """Setting → value of a method's config, without what is told by itself or differs between its seeds."""
+    each = [_flat(record["run_info"].get("config") or {}) for record in found.finals.get(method, {}).values()]
+    first = each[0] if each else {}
+    return {
+        name: value for name, value in first.items() if name not in TOLD and all(one.get(name) == value for one in each)
+    }
+
+
+def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found
+
+
+def _swapped(record: Record) -> str | None:
+    """Which parts were swapped for fused ones."""
+    kernels = meta("kernels")(record)
+    if not isinstance(kernels, dict):
+        return None
+    return ", ".join(f"{name} {count}" for name, count in sorted((kernels.get("swapped") or {}).items())) or "none"
 
 
 def _backend(record: Record) -> str:

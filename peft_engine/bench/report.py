@@ -254,7 +254,9 @@ def _cost(found: dict[str, Any]) -> str:
     """What the costs are made of; empty where there are none."""
     price = found["run_info"]["price"]
     told = (
-        f"whole runs at {price['usd_per_hour']:g} USD an hour ({price['source']})" if price and price["cells"] else ""
+        f"runs, from loading to saving, at {price['usd_per_hour']:g} USD an hour ({price['source']})"
+        if price and price["cells"]
+        else ""
     )
     recorded = sum(cell["train_info"].get("cost_usd") is not None for cell in found["cells"])
     own = f"{counted(recorded, 'cell')} as recorded, by config.budget.usd_per_hour" if recorded else ""

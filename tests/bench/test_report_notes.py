@@ -133,7 +133,10 @@ def test_the_suites_price_makes_the_cost_where_runs_named_none(copied, found):
         known = {seed: seconds * 1e-4 for seed, seconds in facts["wall_seconds"]["by_seed"].items()}
         assert facts["cost_usd"]["by_seed"] == pytest.approx(known)
     for name in ("report.html", "report.md"):
-        assert "whole runs at 0.36 USD an hour (a price list of 2026-11-23)" in (copied / name).read_text()
+        assert (
+            "runs, from loading to saving, at 0.36 USD an hour (a price list of 2026-11-23)"
+            in (copied / name).read_text()
+        )
 
 
 def test_a_price_that_a_run_recorded_wins(copied, found):
