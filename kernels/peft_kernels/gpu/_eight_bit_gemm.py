@@ -10,7 +10,8 @@ Bytes moved: the GEMM's own, MD + DN + 2MN, and 2r(M + N): rescaling and the low
 a twentieth of the GEMM's time at 8192 rows. Below, the kernel gathers its bytes itself.
 
 On Hopper, operands whose rows begin at multiples of 16 bytes are loaded through TMA descriptors. Its fp8 units add up
-in fewer bits than fp32 holds; with `exact`, every `DEPTH` products are added to a sum in fp32.
+in 14 bits; with `exact`, every `DEPTH` products are added to a sum in fp32. Backward does that, forward does not, as is
+torchao's default too.
 """
 
 # mypy: allow-untyped-defs
@@ -46,13 +47,15 @@ def architecture(device: torch.device) -> int:
 
 
 def product_tile(M: int, N: int, arch: int, *, exact: bool = False, dropout: bool = False) -> Tile:
-    """What shared memory and registers allow: 163 KiB on sm_80, 99 on sm_86 and sm_89, 227 on sm_90.
+    """What shared memory and registers allow: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on all others.
 
     exact: fp8 with a second accumulator; dropout: a mask and a second accumulator behind the loop.
     """
+    largest = arch in (90, 100)
     if M <= 64:
-        return Tile(rows=64, columns=128, depth=128 if arch in (80, 90) else 64, num_warps=4, num_stages=3)
-    if arch < 90:
+        deep = largest or arch == 80
+        return Tile(rows=64, columns=128, depth=128 if deep else 64, num_warps=4, num_stages=3)
+    if not largest:
         return Tile(rows=128, columns=128, depth=128 if arch == 80 else 64, num_warps=8, num_stages=3)
     if exact or dropout or triton.cdiv(M, 128) * triton.cdiv(N, 256) < MULTIPROCESSORS:
         return Tile(rows=128, columns=128, depth=128, num_warps=8, num_stages=4)
@@ -252,9 +255,7 @@ def _product(
         return y
     if low_rank is None or not low_rank.low.shape[1] or not low_rank.scale:
         _run(left, right, row_scale, column_scale, bias, None, y, how)
-    elif (
-        low_rank.low.dtype == torch.float32
-    ):  # no tensor core multiplies fp32: as scalar code it would hold up the rest
+    elif low_rank.low.element_size() > 2:  # no tensor core multiplies fp32: as scalar code it would hold up the rest
         _run(left, right, row_scale, column_scale, bias, None, y, how)
         low_rank.add_into(y)
     else:
@@ -286,7 +287,7 @@ def _run(
     tile = how.tile or product_tile(M, N, arch, exact=exact, dropout=mask["DROPOUT"])
     descriptors = how.descriptors
     if descriptors is None:
-        there = D % 16 == 0 and not (left.data_ptr() | right.data_ptr()) % 16
+        there = D > 0 and D % 16 == 0 and not (left.data_ptr() | right.data_ptr()) % 16
         descriptors = arch >= 90 and right_transposed and there
     _product_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         TensorDescriptor.from_tensor(left, [tile.rows, tile.depth]) if descriptors else left,
