@@ -308,11 +308,13 @@ def product_cases(dtype: torch.dtype, name: str, unit: dict[int, str]) -> Iterat
     # form → (RIGHT_TRANSPOSED, UP_TRANSPOSED, COLUMN_SCALE, BIAS, LOW, DROPOUT, exact), at the size that it is seen at
     forms = {
         "forward": ((True, True, True, True, True, False, False), wide),
+        "forward r32": ((True, True, True, True, True, False, False), wide),
         "forward few rows": ((True, True, True, False, True, False, False), {"M": 512, "N": 1024}),
         "forward 64 rows": ((True, True, True, False, True, False, False), {"M": 64, "N": 4096}),
         "forward plain": ((True, False, True, False, False, False, False), wide),
         "back": ((True, False, True, False, True, False, False), wide),
         "back dropout": ((True, False, False, False, True, True, False), wide),
+        "back dropout r32": ((True, False, False, False, True, True, False), wide),
         "back gathered": ((False, False, False, False, True, True, False), {"M": 255, "N": 4096}),
     }
     if not integer:
@@ -338,7 +340,8 @@ def product_cases(dtype: torch.dtype, name: str, unit: dict[int, str]) -> Iterat
                         **dict.fromkeys(("M", "N", "D", "r"), "i32"), **MASK_SIGNATURE, "scale": "fp32",
                     },
                     constants={
-                        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RANK": 16, "GROUP": GROUP,
+                        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
+                        "RANK": 32 if "r32" in form else 16, "GROUP": GROUP,
                         "INTEGER": integer, "EXACT": exact, "DESCRIPTORS": descriptors,
                         "RIGHT_TRANSPOSED": right_transposed, "UP_TRANSPOSED": up_transposed,
                         "COLUMN_SCALE": column_scale, "BIAS": bias, "LOW": low, "DROPOUT": dropout, "INTERPRET": False,
