@@ -272,6 +272,15 @@ def test_more_products_than_an_int32_holds_are_refused():
         launch_product(x, one, x, one, None, None, None, 1.0, torch.float32)
 
 
+@pytest.mark.parametrize(("codes", "arch", "least"), [(torch.int8, 75, 80), (torch.float8_e4m3fn, 86, 89)], ids=str)
+def test_a_card_on_which_triton_lacks_the_units_is_refused(codes, arch, least, monkeypatch):
+    monkeypatch.setattr(_eight_bit_gemm, "architecture", lambda device: arch)
+    monkeypatch.setattr(_eight_bit_gemm, "interpreted", lambda: False)
+    x, one = torch.zeros(1, 16, device=DEVICE).to(codes), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match=f"{codes} from sm_{least} on, got sm_{arch}. Use backend='torch'"):
+        launch_product(x, one, x, one, None, None, None, 1.0, torch.float32)
+
+
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("M", [1, 64, 512, 8192])
 @pytest.mark.parametrize("kind", [{}, {"exact": True}, {"dropout": True}], ids=str)

@@ -35,6 +35,7 @@ from .lora_forward import GROUP, MASK_SIGNATURE, Tile, add_low_rank, block_of, r
 TURNED_ROWS = 256
 DEEPEST = (2**31 - 1) // 127**2  # products that an int32 is sure to hold
 MULTIPROCESSORS = 132  # of an H100
+LEAST = {torch.int8: 80, torch.float8_e4m3fn: 89}  # the first card on which Triton multiplies such codes
 
 
 @cache
@@ -248,6 +249,11 @@ def _product(
 ) -> Tensor:
     assert left.dtype == right.dtype, f"codes must be of one dtype, got {left.dtype} and {right.dtype}"
     assert left.is_contiguous()
+    arch = architecture(left.device)
+    if arch < LEAST[left.dtype] and not interpreted():
+        raise ValueError(
+            f"Triton multiplies {left.dtype} from sm_{LEAST[left.dtype]} on, got sm_{arch}. Use backend='torch'."
+        )
     if left.dtype == torch.int8 and left.shape[1] > DEEPEST:
         raise ValueError(f"An int32 holds {DEEPEST} products of int8, got {left.shape[1]}. Leave this layer full.")
     y = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
