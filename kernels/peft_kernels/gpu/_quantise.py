@@ -68,7 +68,8 @@ def _on_grid(v):
     bits = v.to(tl.int32, bitcast=True)
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
     small = (v + 24576.0) - 24576.0  # 1.5·2^14, whose last bit is 2^-9
-    return tl.where(tl.abs(v) < 0.015625, small, normal.to(tl.float32, bitcast=True))
+    small = small.to(tl.int32, bitcast=True) | (bits & -0x80000000)  # zero keeps its sign
+    return tl.where(tl.abs(v) < 0.015625, small, normal).to(tl.float32, bitcast=True)
 
 
 @triton.jit
