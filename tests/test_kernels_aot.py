@@ -212,6 +212,15 @@ def test_eight_bit_products_run_on_eight_bit_units_and_spill_nothing(module, for
     assert kernels_aot.compile_case(Case(**vars(case) | {"demands": {arch: swapped}}), arch).failed
 
 
+def test_exact_products_add_up_in_fp32_behind_the_units():
+    """One addition a step for each of a thread's 128·128/256 sums."""
+    gpu = importlib.import_module("peft_kernels.gpu.fp8_gemm")
+    (case,) = (one for one in gpu.CASES if re.fullmatch(r"\w+ back exact \d+x\d+x\d+ TMA", one.label))
+    short = Case(**vars(case) | {"constants": case.constants | {"EXACT": False}})
+    exact, fast = (kernels_aot.compile_case(one, "sm_90").mix["fma"] for one in (case, short))
+    assert exact - fast == 64
+
+
 @pytest.mark.parametrize(
     ("module", "archs"), [("int8_gemm", {"sm_80", "sm_89", "sm_90"}), ("fp8_gemm", {"sm_89", "sm_90"})]
 )

@@ -120,7 +120,7 @@ def test_both_products_in_both_layouts_against_truth(size, dtype, codes, monkeyp
                 SCALE, dtype,
             )  # fmt: skip
             check(ours, *(forward(q, *kinds, bias, low) for kinds in ((torch.float64,) * 2, (torch.float32, dtype))))
-    for rows, W in ((1, q.W), (10**9, q.W), (10**9, turned_back)):
+    for rows, W in ((1, q.W), (1, turned_back), (10**9, q.W), (10**9, turned_back)):
         monkeypatch.setattr(_eight_bit_gemm, "TURNED_ROWS", rows)
         for factor, low in ((True, True), (False, True), (True, False)):
             ours = launch_product_back(
