@@ -109,8 +109,8 @@ def test_parts_have_the_codes_of_their_concatenation(widths, whole, codes, monke
     assert torch.equal(got.view(torch.int8), wanted.view(torch.int8))
 
 
-@pytest.mark.parametrize(("features", "whole"), [(1, True), (4096, True), (28672, True), (32769, False)])
-def test_the_widest_mlp_is_read_once(features, whole):
+@pytest.mark.parametrize(("features", "whole"), [(1, True), (4096, True), (16384, True), (16385, False)])
+def test_rows_of_most_mlps_are_read_once(features, whole):
     tile = _quantise.quantise_tile(features)
     assert tile["WHOLE"] is whole
     assert not whole or tile["COLUMNS"] >= features

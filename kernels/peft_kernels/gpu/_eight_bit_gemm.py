@@ -17,7 +17,6 @@ torchao's default too.
 # mypy: allow-untyped-defs
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -28,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._launch import interpreted
 from ._cases import Case
 from ._philox import UNSPECIALISED, keep_tile, mask_arguments, scale_of
-from ._quantise import turned
+from ._quantise import architecture, turned
 from .lora_backward import launch_dx
 from .lora_forward import GROUP, MASK_SIGNATURE, Tile, add_low_rank, block_of, rank_block
 
@@ -36,15 +35,6 @@ TURNED_ROWS = 256
 DEEPEST = (2**31 - 1) // 127**2  # products that an int32 is sure to hold
 MULTIPROCESSORS = 132  # of an H100
 LEAST = {torch.int8: 80, torch.float8_e4m3fn: 89}  # the first card on which Triton multiplies such codes
-
-
-@cache
-def architecture(device: torch.device) -> int:
-    """80 for sm_80; that too where kernels are interpreted."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def product_tile(M: int, N: int, arch: int, *, exact: bool = False, dropout: bool = False) -> Tile:
