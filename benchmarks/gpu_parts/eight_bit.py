@@ -28,7 +28,7 @@ from .step import LARGE, SMALL, TINY, Shape, llama, step_flops
 from .training import Subject, adapted, fused, loss_and_gradients, plain
 
 LINEAR_BOUNDS = {"int8": 0.02, "fp8": 0.05}
-# Of the loss, of gradients. A random Llama of 32 layers, 256 wide, has 0.035 and 0.125 on emulated units, 0.012 in bf16.
+# Of the loss, of gradients. A random Llama of 32 layers, 256 wide, has 0.035 and 0.125 on emulated units, bf16 0.012.
 STEP_BOUNDS = {"int8": (0.005, 0.1), "fp8": (0.01, 0.25)}
 GOALS = {"lora_linear forward+backward": 1.6, "training step": 1.45}
 
