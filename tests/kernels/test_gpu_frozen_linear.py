@@ -172,3 +172,16 @@ def test_a_row_with_nan_comes_out_as_nan_and_harms_no_other(codes):
     (dx,) = torch.autograd.grad(y, x, dy)
     assert dx[2].isnan().all()
     assert dx[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_strided_empty_and_single_rows():
+    layer = Projection(freeze(random(6, 10), "int8"), None, (adapter(6, 10, 4, 3),))
+    x = random(4, 10, 3).transpose(1, 2)
+    want = lora_linear(x.contiguous(), layer, backend="triton")
+    assert torch.equal(lora_linear(x, layer, backend="triton"), want)
+    torch.testing.assert_close(lora_linear(x[1, 2], layer, backend="triton"), want[1, 2])
+    none = x[:0].clone().requires_grad_()
+    y = lora_linear(none, layer, backend="triton")
+    y.sum().backward()
+    assert (y.shape, none.grad.shape) == ((0, 3, 6), none.shape)
+    assert all((t.grad == 0).all() for t in (layer.adapters[0].A, layer.adapters[0].B))
