@@ -161,7 +161,7 @@ def _back_of_run(
             for dy, one in zip(dys, weights, strict=True)
             if dy is not None and one.column_weight is not None
         ]
-        dx.index_copy_(1, first.columns, sum(own[1:], start=own[0]))
+        dx.index_add_(1, first.columns, sum(own[1:], start=own[0]))  # the codes there are zeros; `low` may be in it
     return dx
 
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_kernels._frozen_units import Emulated
 from peft_kernels.frozen_weight import FrozenWeight, freeze, freeze_siblings
-from peft_kernels.int8_linear import int8_product
+from peft_kernels.int8_linear import Int8, int8_product
 from peft_kernels.lora_linear import Adapter, Projection, lora_linear, lora_linear_reference, lora_linears
 from peft_kernels.recompute import remember
 
@@ -297,7 +297,7 @@ def test_strided_empty_and_single_rows() -> None:
 def test_runs_on_fake_tensors() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         codes = torch.empty(256, 128, dtype=torch.int8)
-        one = FrozenWeight("int8", codes, torch.empty(256), torch.float32, units=freeze(torch.ones(8, 8), "int8").units)
+        one = FrozenWeight("int8", codes, torch.empty(256), torch.float32, units=Int8())
         a, b = torch.empty(16, 128, requires_grad=True), torch.empty(256, 16, requires_grad=True)
         x = torch.empty(4, 32, 128, requires_grad=True)
         seeds = torch.empty(4, dtype=torch.int64)

@@ -440,7 +440,8 @@ API void draw_places(const int32_t* words, int64_t samples, int64_t draws, int64
         float u = (float)from[d + c] * 0x1p-32f + 0.5f;
         u = u < 0x1p-26f ? 0x1p-26f : u;
         u = u < 0.99999994f ? u : 0.99999994f;
-        gaps[c] = (int32_t)(log_of(u) * inverse);
+        const float gap = log_of(u) * inverse;
+        gaps[c] = (int32_t)(gap < 2e9f ? gap : 2e9f);
       }
       for (int64_t c = 0; c < count; ++c) {
         place += gaps[c] + 1;
