@@ -47,8 +47,8 @@ def _load() -> tuple[Any, str]:
     """(the library, how it was built), or (None, why there is none)."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
-    asked = os.environ.get("CXX", "").split()
-    found = asked or next(([path] for name in COMPILERS if (path := shutil.which(name))), None)
+    installed = [found for name in COMPILERS if (found := shutil.which(name))]
+    found = os.environ.get("CXX", "").split() or installed[:1]
     if not found:
         return None, "no C++ compiler was found"
     try:
