@@ -47,7 +47,7 @@ def _load() -> tuple[Any, str]:
     """(the library, how it was built), or (None, why there is none)."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
-    installed = [found for name in COMPILERS if (found := shutil.which(name))]
+    installed = [path for path in map(shutil.which, COMPILERS) if path]
     found = os.environ.get("CXX", "").split() or installed[:1]
     if not found:
         return None, "no C++ compiler was found"
