@@ -112,8 +112,8 @@ def products_back(
     triton: bool,
     low: LowBack | None = None,
 ) -> tuple[Tensor | None, bool]:
-    """dx (M, K) of `dtype`, a buffer of its own, None where no output has a gradient; and whether `low` is in it: it is
-    taken along by the first product, but for masks of torch's."""
+    """dx (M, K) of `dtype`, a buffer of its own, None where no output has a gradient; and whether `low` is in it, which
+    a Triton product takes along."""
     dx: Tensor | None = None
     taken = False
     for run in _runs(weights):
@@ -121,8 +121,7 @@ def products_back(
         if not live:
             continue
         run = run[run.index(live[0]) : run.index(live[-1]) + 1]
-        takes = low is not None and not taken and (low.p == 0 or _launches(weights[run[0]], triton))
-        own = low if takes else None
+        own = None if taken or not _launches(weights[run[0]], triton) else low
         part = _back_of_run([dys[i] for i in run], [weights[i] for i in run], dtype, triton, own)
         taken = taken or own is not None
         dx = part if dx is None else dx.add_(part)
@@ -155,9 +154,7 @@ def _back_of_run(
         dx = ops.product_back(codes, row_scale, whole, first.factor, *term)
     else:
         codes, row_scales = first.units.quantise(dys, widths, [one.scale for one in weights])
-        product = first.units.product_back(codes, whole)
-        down, up = (None, None) if low is None else (low.d_low, low.A)
-        dx = passes.rescale(product, row_scales, first.factor, None, dtype, down, up)
+        dx = passes.rescale(first.units.product_back(codes, whole), row_scales, first.factor, None, dtype)
     if first.columns is not None:
         own = [
             dy.to(dtype) @ one.column_weight.to(dtype)

@@ -114,15 +114,13 @@ def down_back_sparse(
     p: float,
     seeds: Tensor | None,
     ranks: Sequence[tuple[int, int]],
-    added: bool = False,
 ) -> Tensor | None:
-    """`down_back` of such adapters: dA (R, K), None without x; adds Σ mask ⊙ (dS·A) / keep_rate into dx, or takes the
-    dropped elements out of it where Σ (dS·A) / keep_rate was `added` already."""
+    """`down_back` of such adapters: dA (R, K), None without x; adds Σ mask ⊙ (dS·A) / keep_rate into dx."""
     assert seeds is not None
     d_low = d_low / keep_rate(p, False)
     rows, features = d_low.shape[0], a.shape[1]
     da = None if x is None else torch.mm(d_low.t(), x)
-    if dx is not None and not added:
+    if dx is not None:
         dx.addmm_(d_low, a)
     up, first = a.t().contiguous(), 0
     pieces = min(torch.get_num_threads(), max(1, seeds.numel()))

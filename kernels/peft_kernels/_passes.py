@@ -95,7 +95,7 @@ def rescale(
     if _compiled_takes(products, dtype) and row_scale is not None and compiled.usable(row_scale, column_scale, bias):
         if low is None:
             return _rescale_compiled(products, row_scale, column_scale, bias)
-        if up is not None and compiled.usable(low, up):
+        if column_scale is not None and up is not None and compiled.usable(low, up):
             return _update_compiled(products, row_scale, column_scale, bias, low, up)
     wide = torch.promote_types(torch.float32, products.dtype) if products.is_floating_point() else torch.float32
     y = products.to(wide, copy=True)
@@ -127,7 +127,7 @@ def _rescale_compiled(products: Tensor, row_scale: Tensor, column_scale: Tensor 
 
 
 def _update_compiled(
-    products: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None, low: Tensor, up: Tensor
+    products: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, low: Tensor, up: Tensor
 ) -> Tensor:
     rows, features = products.shape
     y = torch.empty(rows, features)

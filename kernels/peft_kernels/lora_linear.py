@@ -27,7 +27,7 @@ from . import _lora_ops as ops
 from ._frozen_products import LowBack, Update, products, products_back
 from ._launch import Backend, use_triton
 from ._lora_plan import Bundle, Plan, lay_out
-from .dropout import check, keep_rate
+from .dropout import check
 from .frozen_weight import FrozenWeight
 from .recompute import recipe_of
 
@@ -136,10 +136,10 @@ class _LoraLinears(torch.autograd.Function):
             if wants_a and flat is None:
                 flat = plan.cast(plan.input_again(x, tensors).reshape(-1, ctx.shape[-1]))
             own = flat.to(stacked.dtype) if wants_a and flat is not None else None
-            done = taken and not place
-            if own is None and (dx is None or (done and not bundle.sparse)):
+            into = None if taken and not place else dx
+            if own is None and into is None:
                 continue
-            da = _down_back(d_low, own, stacked, dx, bundle, tensors, plan, done)
+            da = _down_back(d_low, own, stacked, into, bundle, tensors, plan)
             first = 0
             for pair in bundle.pairs:
                 a = tensors[pair.at]
@@ -165,16 +165,12 @@ def _base(plan: Plan, x: Tensor, tensors: Any, updates: list[Update | None]) -> 
 def _base_back(
     plan: Plan, rows: list[Tensor | None], tensors: Any, halves: list[tuple[Bundle, Tensor, Tensor, bool]]
 ) -> tuple[Tensor | None, bool]:
-    """Σ dy·W (M, K), None where no output has a gradient; and whether the first bundle's dS·A is in it already, where
-    `sparse` without its mask."""
+    """Σ dy·W (M, K), None where no output has a gradient; and whether the first bundle's dS·A is in it already."""
     weights = [one for one in plan.frozen if one is not None]
     low = None
-    if halves:  # one pass makes both
+    if plan.triton and halves:  # one kernel makes both
         bundle, stacked, d_low, _ = halves[0]
-        if bundle.sparse:
-            low = LowBack(d_low / keep_rate(bundle.p, False), stacked, 0.0, None, 0)
-        else:
-            low = LowBack(d_low, stacked, bundle.p, tensors[0] if bundle.p else None, bundle.salt)
+        low = LowBack(d_low, stacked, bundle.p, tensors[0] if bundle.p else None, bundle.salt)
     own = [dy for dy, one in zip(rows, plan.frozen, strict=True) if one is not None]
     kind = next((dy.dtype for dy in rows if dy is not None), torch.float32)
     dx, taken = products_back(own, weights, kind, plan.triton, low) if weights else (None, False)
@@ -193,21 +189,13 @@ def _down(x: Tensor, stacked: Tensor, bundle: Bundle, tensors: Any, plan: Plan) 
 
 
 def _down_back(
-    d_low: Tensor,
-    x: Tensor | None,
-    stacked: Tensor,
-    dx: Tensor | None,
-    bundle: Bundle,
-    tensors: Any,
-    plan: Plan,
-    done: bool,
+    d_low: Tensor, x: Tensor | None, stacked: Tensor, dx: Tensor | None, bundle: Bundle, tensors: Any, plan: Plan
 ) -> Tensor | None:
-    """dA of a whole bundle (R, K), None without x; adds its share, unless `done`, into dx where there is one."""
+    """dA of a whole bundle (R, K), None without x; adds its share into dx where there is one."""
     if not bundle.sparse:
-        into = None if done else dx
-        return ops.down_back(d_low, x, stacked, into, bundle.p, tensors[0], bundle.salt, plan.triton)
+        return ops.down_back(d_low, x, stacked, dx, bundle.p, tensors[0], bundle.salt, plan.triton)
     ranks = [(tensors[pair.at].shape[0], pair.salt) for pair in bundle.pairs]
-    return ops.down_back_sparse(d_low, x, stacked, dx, bundle.p, tensors[0], ranks, done)
+    return ops.down_back_sparse(d_low, x, stacked, dx, bundle.p, tensors[0], ranks)
 
 
 def _up_back(

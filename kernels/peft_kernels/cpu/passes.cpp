@@ -149,7 +149,7 @@ struct Tile {
   const int32_t* products;
   int64_t products_stride;
   const float* row_scale;
-  const float* column_scale;  // or null
+  const float* column_scale;  // not null
   const float* bias;          // or null
   const float* low;
   int64_t low_stride, rank;
@@ -177,7 +177,7 @@ void tile(const Tile& t, int64_t i, int64_t j) {
     for (int v = 0; v < V; ++v) {
       const int64_t c = j + v * WIDE;
       vec out = load_products(t.products + (i + r) * t.products_stride + c) * t.row_scale[i + r];
-      if (t.column_scale) out = out * load(t.column_scale + c);
+      out = out * load(t.column_scale + c);
       if (t.bias) out += load(t.bias + c);
       store(t.y + (i + r) * t.y_stride + c, out + sum[r][v]);
     }
@@ -186,8 +186,7 @@ void tile(const Tile& t, int64_t i, int64_t j) {
 void single(const Tile& t, int64_t i, int64_t j) {
   float sum = 0.0f;
   for (int64_t k = 0; k < t.rank; ++k) sum = __builtin_fmaf(t.low[i * t.low_stride + k], t.up[k * t.up_stride + j], sum);
-  float out = (float)t.products[i * t.products_stride + j] * t.row_scale[i];
-  if (t.column_scale) out *= t.column_scale[j];
+  float out = (float)t.products[i * t.products_stride + j] * t.row_scale[i] * t.column_scale[j];
   if (t.bias) out += t.bias[j];
   t.y[i * t.y_stride + j] = out + sum;
 }
