@@ -92,10 +92,8 @@ def products(
                 one, update = weights[i], updates[i]
                 part = product[:, start : start + one.shape[0]]
                 start += one.shape[0]
-                low = up = None
-                if update is not None:
-                    low, up = update.low, (update.B * update.scale).t().contiguous()
-                found[i] = passes.rescale(part, row_scale, one.scale, biases[i], x.dtype, low, up)
+                term = (None, None, 1.0) if update is None else (update.low, update.B, update.scale)
+                found[i] = passes.rescale(part, row_scale, one.scale, biases[i], x.dtype, *term)
             del product
         for i in run:
             one, y = weights[i], found[i]

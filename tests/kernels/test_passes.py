@@ -106,12 +106,13 @@ def test_rescale_has_the_bits_of_plain_torch(rows: int, features: int, scaled: b
 def test_rescale_with_a_low_rank_term(rows: int, features: int, rank: int) -> None:
     products = torch.randint(-9999, 9999, (rows, features), dtype=torch.int32)
     row_scale, column_scale, bias = random(rows).abs() / 99, random(features, seed=1).abs(), random(features, seed=2)
-    low, up = random(rows, rank + 5, seed=3)[:, 2 : 2 + rank], random(rank, features, seed=4)
+    low, up = random(rows, rank + 5, seed=3)[:, 2 : 2 + rank], random(features, rank, seed=4)
     for b in (None, bias):
-        got = passes.rescale(products, row_scale, column_scale, b, torch.float32, low, up)
-        truth = products.double() * row_scale.double().unsqueeze(1) * column_scale.double() + low.double() @ up.double()
+        got = passes.rescale(products, row_scale, column_scale, b, torch.float32, low, up, 0.75)
+        added = 0.75 * low.double() @ up.double().t()
+        truth = products.double() * row_scale.double().unsqueeze(1) * column_scale.double() + added
         truth = truth if b is None else truth + b.double()
-        bound = 1e-6 * (1 + truth.abs() + low.double().abs() @ up.double().abs())
+        bound = 1e-6 * (1 + truth.abs() + low.double().abs() @ up.double().abs().t())
         assert ((got.double() - truth).abs() <= bound).all()
 
 

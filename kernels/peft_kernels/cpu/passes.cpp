@@ -8,9 +8,6 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #define API extern "C" __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -20,9 +17,6 @@ namespace {
 constexpr float ROUND = 12582912.0f;  // 1.5·2²³: a number below 2²² added to it loses its fraction, half to even
 constexpr float LEAST = 0x1p-126f;    // scales from here on: the inverse of a smaller one would overflow
 constexpr int64_t WIDE = 16;
-
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
 
 INLINE int32_t bits(float v) { return __builtin_bit_cast(int32_t, v); }
 INLINE float as_float(int32_t v) { return __builtin_bit_cast(float, v); }
@@ -119,102 +113,6 @@ API void rescale(const int32_t* products, int64_t products_stride, int64_t rows,
     } else {
       for (int64_t j = 0; j < n; ++j) to[j] = (float)from[j] * s;
     }
-  }
-}
-
-namespace {
-
-INLINE vec load(const float* p) {
-  vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-INLINE vec fused(vec a, float b, vec c) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
-#else
-  return a * b + c;
-#endif
-}
-INLINE vec load_products(const int32_t* p) {
-  ivec v;
-  memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, vec);
-}
-
-constexpr int ROWS = 6, VECS = 4;  // a tile of 24 registers of 16 numbers
-
-struct Tile {
-  const int32_t* products;
-  int64_t products_stride;
-  const float* row_scale;
-  const float* column_scale;  // not null
-  const float* bias;          // or null
-  const float* low;
-  int64_t low_stride, rank;
-  const float* up;  // (rank, n)
-  int64_t up_stride;
-  float* y;
-  int64_t y_stride;
-};
-
-// One tile of y = products·row_scale ⊙ column_scale + bias + low·up, the last sum with fused multiply-adds.
-template <int R, int V>
-void tile(const Tile& t, int64_t i, int64_t j) {
-  vec sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = vec{};
-  for (int64_t k = 0; k < t.rank; ++k) {
-    vec up[V];
-    for (int v = 0; v < V; ++v) up[v] = load(t.up + k * t.up_stride + j + v * WIDE);
-    for (int r = 0; r < R; ++r) {
-      const float low = t.low[(i + r) * t.low_stride + k];
-      for (int v = 0; v < V; ++v) sum[r][v] = fused(up[v], low, sum[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = j + v * WIDE;
-      vec out = load_products(t.products + (i + r) * t.products_stride + c) * t.row_scale[i + r];
-      out = out * load(t.column_scale + c);
-      if (t.bias) out += load(t.bias + c);
-      store(t.y + (i + r) * t.y_stride + c, out + sum[r][v]);
-    }
-}
-
-void single(const Tile& t, int64_t i, int64_t j) {
-  float sum = 0.0f;
-  for (int64_t k = 0; k < t.rank; ++k) sum = __builtin_fmaf(t.low[i * t.low_stride + k], t.up[k * t.up_stride + j], sum);
-  float out = (float)t.products[i * t.products_stride + j] * t.row_scale[i] * t.column_scale[j];
-  if (t.bias) out += t.bias[j];
-  t.y[i * t.y_stride + j] = out + sum;
-}
-
-template <int R>
-void tile_rows(const Tile& t, int64_t i, int64_t n) {
-  int64_t j = 0;
-  for (; j + VECS * WIDE <= n; j += VECS * WIDE) tile<R, VECS>(t, i, j);
-  for (; j + WIDE <= n; j += WIDE) tile<R, 1>(t, i, j);
-  for (; j < n; ++j)
-    for (int r = 0; r < R; ++r) single(t, i + r, j);
-}
-
-}  // namespace
-
-// y = products·row_scale ⊙ column_scale + bias + low·up, with low (rows, rank) and up (rank, n).
-API void rescale_with_update(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n,
-                             const float* row_scale, const float* column_scale, const float* bias, const float* low,
-                             int64_t low_stride, int64_t rank, const float* up, int64_t up_stride, float* y,
-                             int64_t y_stride, int threads) {
-  const Tile t{products, products_stride, row_scale, column_scale, bias, low, low_stride, rank, up, up_stride, y, y_stride};
-  const int64_t blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * ROWS;
-    if (first + ROWS <= rows) tile_rows<ROWS>(t, first, n);
-    else
-      for (int64_t i = first; i < rows; ++i) tile_rows<1>(t, i, n);
   }
 }
 
