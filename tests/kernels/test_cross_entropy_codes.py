@@ -102,6 +102,14 @@ def test_rows_that_count_and_rows_that_are_not_finite() -> None:
     assert dh[others].isfinite().all()
 
 
+def test_targets_outside_of_the_vocabulary_raise() -> None:
+    hidden, weight, targets = made(6, 16, 40)
+    for wrong in (40, -7):
+        targets[3] = wrong
+        with pytest.raises(IndexError, match="targets must be -100 or from 0 to 39"):
+            linear_cross_entropy(hidden, weight, targets, codes=freeze(weight, "int8"))
+
+
 def test_nothing_to_learn_from() -> None:
     hidden, weight, _ = made(6, 16, 40)
     hidden.requires_grad_()

@@ -189,8 +189,9 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
           int64_t r = 0;
           for (; r + WIDE <= rank; r += WIDE)
             for (int64_t l = 0; l < WIDE; ++l) lanes[l] += low[r + l] * from[r + l];
-          float sum = 0.0f;
-          for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+          for (int64_t half = WIDE / 2; half > 0; half /= 2)
+            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+          float sum = lanes[0];
           for (; r < rank; ++r) sum += low[r] * from[r];
           dx[i * dx_stride + k] -= sum;
         }
@@ -199,44 +200,44 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
   }
 }
 
-// y += products·row_scale.
+// y = y·shrink + products·row_scale.
 API void rescale_add(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n, const float* row_scale,
-                     float* y, int64_t y_stride, int threads) {
+                     const float* shrink, float* y, int64_t y_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < rows; ++i) {
     const int32_t* from = products + i * products_stride;
     float* to = y + i * y_stride;
-    const float s = row_scale[i];
-    for (int64_t j = 0; j < n; ++j) to[j] += (float)from[j] * s;
+    const float s = row_scale[i], by = shrink[i];
+    for (int64_t j = 0; j < n; ++j) to[j] = to[j] * by + (float)from[j] * s;
   }
 }
 
-// Softmax of logits z = products·row_scale ⊙ column_scale: tops[i] = max z, totals[i] = Σ e^(z - top), chosen[i] =
-// z[target] (0 where target is negative). With codes, e^(z - top) ⊙ column_scale without the target's is rounded to
-// int8 in blocks of columns with a scale for each row and block: codes (blocks, rows, block), scales (blocks, rows), the
-// last block filled up with zeros. `scratch` holds a row for each thread. Rows whose scale is NaN give NaN.
-API void softmax_codes(const int32_t* products, int64_t rows, int64_t n, const float* row_scale,
+// One block of columns of a softmax over logits z = products·row_scale ⊙ column_scale. tops and totals, max z and
+// Σ e^(z - top) of the blocks before, take this one in; shrink[i] = e^(top before - top); chosen[i] = z[target] where the
+// target lies in this block. With codes, e^(z - top) ⊙ column_scale without the target's is rounded to int8, with a scale
+// for each row. `scratch` holds a row for each thread. Rows whose scale is NaN give NaN.
+API void softmax_block(const int32_t* products, int64_t rows, int64_t n, const float* row_scale,
                        const float* column_scale, const int64_t* targets, float* tops, float* totals, float* chosen,
-                       int64_t block, int8_t* codes, float* scales, float* scratch, int threads) {
-  const int64_t blocks = (n + block - 1) / block;
+                       float* shrink, int8_t* codes, float* scales, float* scratch, int threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int t = 0; t < threads; ++t) {
     float* z = scratch + t * n;
     for (int64_t i = rows * t / threads; i < rows * (t + 1) / threads; ++i) {
       const int32_t* from = products + i * n;
-      const float s = row_scale[i];
+      const float s = row_scale[i], before = tops[i];
       const int64_t target = targets[i];
+      const bool here = target >= 0 && target < n;
       if (s != s) {
-        tops[i] = totals[i] = s;
-        chosen[i] = target < 0 ? 0.0f : s;
-        for (int64_t b = 0; codes && b < blocks; ++b) {
-          memset(codes + (b * rows + i) * block, 0, (size_t)block);
-          scales[b * rows + i] = s;
+        tops[i] = totals[i] = shrink[i] = s;
+        if (here) chosen[i] = s;
+        if (codes) {
+          memset(codes + i * n, 0, (size_t)n);
+          scales[i] = s;
         }
         continue;
       }
       float lanes[WIDE];
-      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = -__builtin_inff();
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = before;
       int64_t j = 0;
       for (; j + WIDE <= n; j += WIDE)
         for (int64_t l = 0; l < WIDE; ++l) {
@@ -250,45 +251,39 @@ API void softmax_codes(const int32_t* products, int64_t rows, int64_t n, const f
         z[j] = (float)from[j] * s * column_scale[j];
         top = z[j] > top ? z[j] : top;
       }
-      tops[i] = top;
-      chosen[i] = target < 0 ? 0.0f : z[target];
-      float sums[WIDE] = {};
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = b * block, last = first + block < n ? first + block : n;
-        float most[WIDE] = {};
-        j = first;
-        for (; j + WIDE <= last; j += WIDE)
-          for (int64_t l = 0; l < WIDE; ++l) {
-            const float e = exp_of(z[j + l] - top);
-            sums[l] += e;
-            const float g = e * column_scale[j + l];
-            z[j + l] = g;
-            most[l] = g > most[l] ? g : most[l];
-          }
-        for (; j < last; ++j) {
-          const float e = exp_of(z[j] - top);
-          sums[0] += e;
-          z[j] = e * column_scale[j];
-          most[0] = z[j] > most[0] ? z[j] : most[0];
+      if (here) chosen[i] = z[target];
+      float sums[WIDE] = {}, most[WIDE] = {};
+      for (j = 0; j + WIDE <= n; j += WIDE)
+        for (int64_t l = 0; l < WIDE; ++l) {
+          const float e = exp_of(z[j + l] - top);
+          sums[l] += e;
+          const float g = e * column_scale[j + l];
+          z[j + l] = g;
+          most[l] = g > most[l] ? g : most[l];
         }
-        if (!codes) continue;
-        float largest = 0.0f;
-        if (first <= target && target < last) {
-          z[target] = 0.0f;
-          for (j = first; j < last; ++j) largest = z[j] > largest ? z[j] : largest;
-        } else {
-          for (int64_t l = 0; l < WIDE; ++l) largest = most[l] > largest ? most[l] : largest;
-        }
-        float scale = largest / 127.0f;
-        scale = largest == 0.0f ? 1.0f : scale < LEAST ? LEAST : scale;
-        scales[b * rows + i] = scale;
-        int8_t* out = codes + (b * rows + i) * block;
-        round_row<false>(z + first, nullptr, 1.0f / scale, out, last - first);
-        if (last - first < block) memset(out + (last - first), 0, (size_t)(block - (last - first)));
+      float total = 0.0f, largest = 0.0f;
+      for (; j < n; ++j) {
+        const float e = exp_of(z[j] - top);
+        total += e;
+        z[j] = e * column_scale[j];
+        largest = z[j] > largest ? z[j] : largest;
       }
-      float total = 0.0f;
       for (int64_t l = 0; l < WIDE; ++l) total += sums[l];
-      totals[i] = total;
+      const float by = exp_of(before - top);
+      tops[i] = top;
+      shrink[i] = by;
+      totals[i] = totals[i] * by + total;
+      if (!codes) continue;
+      if (here) {
+        z[target] = largest = 0.0f;
+        for (j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
+      } else {
+        for (int64_t l = 0; l < WIDE; ++l) largest = most[l] > largest ? most[l] : largest;
+      }
+      float scale = largest / 127.0f;
+      scale = largest == 0.0f ? 1.0f : scale < LEAST ? LEAST : scale;
+      scales[i] = scale;
+      round_row<false>(z, nullptr, 1.0f / scale, codes + i * n, n);
     }
   }
 }
