@@ -159,6 +159,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "softmax_block": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _T],
     "swiglu": [_P, _N, _P, _N, _N, _N, _P, _T],
     "swiglu_back": [_P, _N, _P, _N, _P, _N, _N, _N, _P, _P, _T],
+    "rms_norm": [_P, _N, _P, _N, _N, _F, _P, _P, _T],
+    "rms_norm_back": [_P, _N, _P, _N, _P, _P, _N, _N, _P, _T],
     "drop_down": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _N, _T],
     "draw_places": [_P, _N, _N, _N, _F, _P, _T],
     "drop_back": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _P, _N, _N, _P, _N, _P, _N, _T],

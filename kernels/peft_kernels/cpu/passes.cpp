@@ -142,6 +142,45 @@ API void swiglu_back(const float* dh, int64_t dh_stride, const float* gate, int6
   }
 }
 
+// y = x·rstd ⊙ weight. With eps ≥ 0 rstd = 1/√(mean(x²) + eps) is made first, else it is given.
+API void rms_norm(const float* x, int64_t x_stride, const float* weight, int64_t rows, int64_t n, float eps, float* rstd,
+                  float* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = x + i * x_stride;
+    float* to = y + i * n;
+    if (eps >= 0.0f) {
+      float lanes[WIDE] = {}, sum = 0.0f;
+      int64_t k = 0;
+      for (; k + WIDE <= n; k += WIDE)
+        for (int64_t l = 0; l < WIDE; ++l) lanes[l] += from[k + l] * from[k + l];
+      for (; k < n; ++k) sum += from[k] * from[k];
+      for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+      rstd[i] = 1.0f / __builtin_sqrtf(sum / (float)n + eps);
+    }
+    const float s = rstd[i];
+    for (int64_t k = 0; k < n; ++k) to[k] = from[k] * s * weight[k];
+  }
+}
+
+// dx = rstd·t - x·rstd³·mean(t ⊙ x), t = dy ⊙ weight.
+API void rms_norm_back(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, const float* rstd,
+                       const float* weight, int64_t rows, int64_t n, float* dx, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float *g = dy + i * dy_stride, *from = x + i * x_stride;
+    float* to = dx + i * n;
+    float lanes[WIDE] = {}, sum = 0.0f;
+    int64_t k = 0;
+    for (; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] += g[k + l] * weight[k + l] * from[k + l];
+    for (; k < n; ++k) sum += g[k] * weight[k] * from[k];
+    for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+    const float s = rstd[i], share = s * s * (sum / (float)n);
+    for (k = 0; k < n; ++k) to[k] = s * (g[k] * weight[k] - from[k] * share);
+  }
+}
+
 // Dropped places come as they are drawn: for each sample `draws` flat places in rising order, those from `size` of the
 // whole (samples·rows_each·features) on are none.
 
