@@ -12,7 +12,9 @@ from .errors import ConfigError, EngineError
 @click.argument("suite", metavar="SUITE", shell_complete=files)
 @click.option("--output", metavar="FOLDER", help="Results folder.  [default: benchmarks/results/<name of the suite>]")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Cells at once.")
-@click.option("--dry-run", is_flag=True, help="Show the cells and how long they will take; run nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the cells and how long they will take. Where none has run, times a few steps."
+)
 @click.option("--only", metavar="PATTERN", help="Cells whose name matches: lora, lora-tuning, '*-final-0-*'.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Run the first N of the open cells, then stop.")
 @AS_JSON
@@ -41,10 +43,15 @@ def bench(
             "`--dry-run` lists the names; a method's search (METHOD-tuning) comes before its final cells.",
         )
     if dry_run:
+        if results.broken is not None:
+            _say(f"{results.broken} The next bench puts it aside as suite.yaml.broken and writes it anew.")
         found = _overview(results, only, limit, jobs)
+        failure = _probe(results, found, only, limit, jobs) if found["predicted"]["seconds"] is None else None
         show_found(found, as_json, lambda: _print_overview(found))
+        if failure is not None:
+            raise failure
         return
-    begun = Bench(results, lambda text: click.echo(text, err=True), jobs=jobs, only=only, limit=limit)
+    begun = Bench(results, _say, jobs=jobs, only=only, limit=limit)
     begun.run()
     _write_report(results)
     found = _overview(results, only, None, jobs)
@@ -59,15 +66,41 @@ def bench(
         raise failure
 
 
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _ahead(results: Any, only: str | None, limit: int | None) -> tuple[list[Any], list[Any], dict[str, int]]:
+    """The cells that match, those of them that would run now, and how many wait for their learning rate."""
+    matching = [cell for cell in results.cells() if only is None or cell.matches(only)]
+    ahead = [cell for cell in matching if results.state(cell) not in ("done", "diverged")][:limit]
+    return matching, ahead, {} if only or limit else results.waiting()
+
+
+def _probe(results: Any, found: dict[str, Any], only: str | None, limit: int | None, jobs: int) -> EngineError | None:
+    """Predict by a probe, where there is something to run; what went wrong with it."""
+    from .bench.forecast import by_probe
+    from .bench.probing import probe
+
+    _, ahead, waiting = _ahead(results, only, limit)
+    if not ahead and not waiting:
+        return None
+    try:
+        record, seconds = probe(results, _say, jobs=jobs)
+    except EngineError as error:
+        found["predicted"]["of"] = f"unknown. {error.problem}"
+        return error
+    found["predicted"] = by_probe(results, ahead, waiting, record, seconds, jobs)
+    return None
+
+
 def _overview(results: Any, only: str | None, limit: int | None, jobs: int) -> dict[str, Any]:
     """Cells with their state, those that would run now, and the time that these take."""
     from .bench.forecast import forecast
 
     suite = results.suite
-    matching = [cell for cell in results.cells() if only is None or cell.matches(only)]
+    matching, ahead, waiting = _ahead(results, only, limit)
     states = {cell.name: results.state(cell) for cell in matching}
-    ahead = [cell for cell in matching if states[cell.name] not in ("done", "diverged")][:limit]
-    waiting = {} if only or limit else results.waiting()
     failed = [
         {"cell": cell.title, **{name: results.failures[cell.name][name] for name in ("reason", "exit_code")}}
         for cell in matching
@@ -82,6 +115,7 @@ def _overview(results: Any, only: str | None, limit: int | None, jobs: int) -> d
     return {
         "suite": suite.name,
         "folder": str(results.folder),
+        "primary": suite.primary,
         "cells": [{"name": c.name, "kind": c.kind, "method": c.method, "seed": c.seed,
                    "learning_rate": c.learning_rate, "state": states[c.name]} for c in matching],
         "open": [cell.name for cell in ahead],
@@ -121,6 +155,11 @@ def _print_end(found: dict[str, Any]) -> None:
     for method, edge in found["at_the_edge"].items():
         rate = found["learning_rates"][method]["learning_rate"]
         click.echo(f"note: {method}'s learning rate {rate:g} is the {edge} of its grid; a wider one may do better")
+    by = {one["metric"] for one in found["learning_rates"].values() if one and one["metric"]}
+    if found["primary"] and by - {found["primary"]}:
+        click.echo(
+            f"note: learning rates are chosen by {', '.join(by)}: evaluations while training have no {found['primary']}"
+        )
     diverged = [cell["name"] for cell in found["cells"] if cell["state"] == "diverged"]
     if diverged:
         click.echo(f"note: diverged, out of the choice: {', '.join(diverged)}")

@@ -18,7 +18,8 @@ def report(folder: Path, against: Path | None, as_json: bool) -> None:
     """Rebuild the report of a bench from its records.
 
     Writes report.html, report.md, report.csv and report.json into DIR from what DIR/cells holds. With --against, says
-    which methods got worse, slower or larger than in DIR2 beyond noise, and exits with 7 where one did.
+    which methods got worse, slower or larger than in DIR2 beyond noise, and exits with 7 where one did. Results of
+    other data, weights or budget are refused.
 
     \b
     peft-engine report benchmarks/results/quick-text
@@ -29,8 +30,11 @@ def report(folder: Path, against: Path | None, as_json: bool) -> None:
     found = write_report(folder)
 
     def show() -> None:
-        for line in (*found["summary"], *found["notes"]):
+        said = [found["unclaimed"]] if found["unclaimed"] else []
+        for line in (*found["summary"], *said, *found["notes"]):
             click.echo(line)
+        for one in found["left_out"]:
+            click.echo(f"{one['cell']} left out: {one['reason']}.")
         click.echo(f"{folder}/report.html, report.md, report.csv, report.json")
 
     if against is None:

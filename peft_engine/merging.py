@@ -32,8 +32,8 @@ from .config_reading import to_yaml
 from .data.labels import Labels
 from .errors import ConfigError, StorageError, VerificationError
 from .exporting import read_labels, write_labels
-from .run_directory import find_run, storage_errors
-from .runtime import command, seed_everything, start, versions
+from .run_directory import command, find_run, storage_errors
+from .runtime import seed_everything, start, versions
 from .tasks import make_task
 from .training.checkpoint import digest_file
 

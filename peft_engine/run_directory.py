@@ -7,7 +7,9 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,13 @@ class RunDirectory:
                 if row["step"] <= step:
                     rows.append(line)
         self.write_text("metrics.jsonl", "".join(f"{line}\n" for line in rows))
+
+
+def command() -> str:
+    """The command line of this process, without the machine's paths; `python -m NAME` where it was begun so."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    begun = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*begun, *sys.argv[1:]])
 
 
 def plain(content: Any) -> Any:

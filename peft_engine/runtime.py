@@ -6,9 +6,7 @@ import importlib.metadata
 import os
 import platform
 import random
-import shlex
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,8 +285,3 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def command() -> str:
-    """The command line of this process, without the machine's paths."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

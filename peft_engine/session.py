@@ -26,8 +26,8 @@ from .meters.cost import cost_usd
 from .meters.energy import energy_here
 from .meters.memory import peak_rss_bytes, storage_bytes
 from .meters.time import PhaseTimer, percentiles
-from .run_directory import RunDirectory, refuse_other_settings, storage_errors
-from .runtime import command, git_state, hardware, machine, start, versions
+from .run_directory import RunDirectory, command, refuse_other_settings, storage_errors
+from .runtime import git_state, hardware, machine, start, versions
 from .tasks import make_task
 from .tasks.base import Generates
 from .tasks.weighting import weights_by_class

@@ -186,6 +186,32 @@ def test_the_loss_part_in_small(tmp_path):
     assert list(cells[1]["errors"]) == ["loss", "dhidden", "dweight"]
 
 
+def test_the_eight_bit_part_in_small(tmp_path):
+    assert gpu_suite.main(["--part", "eight_bit", "--smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("smoke_*_eight_bit.json")
+    (run,) = json.loads(path.read_text())["runs"]
+    layer, step, dropless, *kernels = run["cells"]
+    assert [cell["settings"]["p"] for cell in (layer, step, dropless)] == [0.05, 0.05, 0.0]
+    assert [cell["cell"] for cell in kernels] == ["quantise rows", "product", "product back"]
+    for cell in (layer, step, dropless):
+        assert set(cell["contenders"]["ours int8"]["faster_than"]) == {"ours full", "peft"}
+    assert {"y (int8), bound 0.02", "dA (int8)"} <= set(layer["errors"])
+    notes = "\n".join(run["notes"])
+    for text in ("fp8 left out", "torchao int8 left out", "linears, the largest error", "training step, ours int8:"):
+        assert text in notes
+
+
+def test_a_step_that_froze_nothing_is_red(bench, monkeypatch):
+    from gpu_parts import eight_bit, step, training
+
+    real = training.fuse
+    monkeypatch.setattr(training, "fuse", lambda *model, **given: real(*model, **given, frozen_error_bound=0.0))
+    eight_bit.step_cell(bench, ["int8"], step.TINY, 0.05)
+    (cell,) = bench.cells
+    assert "no linear multiplies in int8" in cell["why"]
+    assert "faster_than" not in cell["contenders"]["ours int8"]
+
+
 @pytest.mark.slow
 def test_every_part_runs_in_small(tmp_path):
     """As it is run on a machine without an installed project."""

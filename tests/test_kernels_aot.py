@@ -1,6 +1,8 @@
 """`make kernels-aot` fails where it must: kernels made to break each rule, compiled as the real ones are."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +187,51 @@ def test_sums_and_products_stay_apart_where_the_launcher_keeps_them_apart():
         kernels_aot.compile_case(Case(**vars(case) | {"fp_fusion": fusion}), "sm_80") for fusion in (True, False)
     )
     assert apart.mix["fma"] == 2 * fused.mix["fma"] > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "form", "arch", "unit"),
+    [
+        ("int8_gemm", "forward", "sm_80", "mma"),
+        ("int8_gemm", "back dropout", "sm_80", "mma"),
+        ("int8_gemm", "forward", "sm_90", "wgmma"),
+        ("int8_gemm", "back dropout", "sm_90", "wgmma"),
+        ("fp8_gemm", "forward", "sm_89", "mma"),
+        ("fp8_gemm", "forward", "sm_90", "wgmma"),
+        ("fp8_gemm", "back exact dropout", "sm_90", "wgmma"),
+    ],
+)
+def test_eight_bit_products_run_on_eight_bit_units_and_spill_nothing(module, form, arch, unit):
+    """The pattern of the other format fails the same code, so the pattern finds what it is for."""
+    gpu = importlib.import_module(f"peft_kernels.gpu.{module}")
+    label = re.compile(rf"\w+ {form} \d+x\d+x\d+( TMA)?")
+    *_, case = (one for one in gpu.CASES if label.fullmatch(one.label) and arch in one.archs)
+    row = kernels_aot.compile_case(case, arch)
+    assert (row.verdict, row.spill_bytes, row.tensor_cores) == ("ok", 0, unit)
+    swapped = case.demands[arch].replace("s8", "u8").replace("e4m3", "e5m2")
+    assert kernels_aot.compile_case(Case(**vars(case) | {"demands": {arch: swapped}}), arch).failed
+
+
+def test_exact_products_add_up_in_fp32_behind_the_units():
+    """One addition a step for each of a thread's 128·128/256 sums."""
+    gpu = importlib.import_module("peft_kernels.gpu.fp8_gemm")
+    (case,) = (one for one in gpu.CASES if re.fullmatch(r"\w+ back exact \d+x\d+x\d+ TMA", one.label))
+    short = Case(**vars(case) | {"constants": case.constants | {"EXACT": False}})
+    exact, fast = (kernels_aot.compile_case(one, "sm_90").mix["fma"] for one in (case, short))
+    assert exact - fast == 64
+
+
+@pytest.mark.parametrize(
+    ("module", "archs"), [("int8_gemm", {"sm_80", "sm_89", "sm_90"}), ("fp8_gemm", {"sm_89", "sm_90"})]
+)
+def test_every_eight_bit_product_demands_its_unit(module, archs):
+    from peft_kernels.gpu._eight_bit_gemm import _product_kernel
+
+    cases = importlib.import_module(f"peft_kernels.gpu.{module}").CASES
+    products = [case for case in cases if case.kernel is _product_kernel]
+    assert {arch for case in products for arch in case.archs} == archs
+    for case in products:
+        assert [arch for arch in case.archs if arch not in case.demands] == [], case.label
 
 
 def test_a_kernel_that_no_case_names_is_found():

@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from tiny import make_model, write_rows
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError, DataError, StorageError
 from peft_engine.run import train
-from peft_engine.run_directory import OWN, RunDirectory, explain_storage, storage_errors
+from peft_engine.run_directory import OWN, RunDirectory, command, explain_storage, storage_errors
 from peft_engine.training.checkpoint import complete_checkpoints, verify_files
 
 
@@ -313,3 +316,13 @@ def test_a_folder_that_may_not_be_written(where, stopped, tmp_path):
     if not where:
         assert everything(tmp_path / "run") == before
     goes_on(stopped, tmp_path)
+
+
+def test_the_command_is_told_as_it_was_begun(monkeypatch):
+    begun = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", begun)
+    monkeypatch.setattr(sys, "argv", ["/some/bin/peft-engine", "train", "my run.yaml"])
+    assert command() == "peft-engine train 'my run.yaml'"
+    begun.__spec__ = ModuleSpec("peft_engine.__main__", None)
+    monkeypatch.setattr(sys, "argv", ["/some/peft_engine/__main__.py", "train", "my run.yaml"])
+    assert command() == "python -m peft_engine train 'my run.yaml'"

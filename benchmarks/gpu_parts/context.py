@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "liger_kernel", "peft-engine")
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "liger_kernel", "torchao", "peft-engine")
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,8 @@ from .step import LARGE, SMALL, TINY, Shape, llama, step_flops
 from .training import Subject, adapted, fused, loss_and_gradients, plain
 
 LINEAR_BOUNDS = {"int8": 0.02, "fp8": 0.05}
-STEP_BOUNDS = {"int8": (0.005, 0.15), "fp8": (0.01, 0.35)}  # of the loss, of gradients
+# Of the loss, of gradients. A random Llama of 32 layers, 256 wide, has 0.035 and 0.125 on emulated units, bf16 0.012.
+STEP_BOUNDS = {"int8": (0.005, 0.1), "fp8": (0.01, 0.25)}
 GOALS = {"lora_linear forward+backward": 1.6, "training step": 1.45}
 
 
@@ -43,13 +44,14 @@ def cells(bench: Bench) -> None:
     formats = formats_here(bench)
     shapes = bench.small(SHAPES, ((48, 32),))
     for K, N in shapes[:3]:
-        for p in (0.05, 0.0):
-            layer_cell(bench, formats, bench.small(8192, 64), K, N, p)
+        layer_cell(bench, formats, bench.small(8192, 64), K, N, 0.05, torchao=True)
     if bench.smoke:
         step_cell(bench, formats, TINY, 0.05)
     else:
         step_cell(bench, formats, SMALL, 0.05)
         step_cell(bench, formats, LARGE, 0.05, needs=120)
+    for K, N in shapes[:3]:
+        layer_cell(bench, formats, bench.small(8192, 64), K, N, 0.0)
     for M in bench.small((8192, 2048, 512), (64,)):
         for K, N in shapes[:3]:
             kernel_cells(bench, formats, M, K, N)
@@ -85,9 +87,10 @@ def tell_goals(bench: Bench) -> None:
                 )
 
 
-def layer_cell(bench: Bench, formats: list[str], M: int, K: int, N: int, p: float) -> None:
-    """One LoRA linear, adapters in the working dtype, against itself with a full weight, PEFT's and torchao's."""
-    bench.room(0 if bench.smoke else 20)
+def layer_cell(bench: Bench, formats: list[str], M: int, K: int, N: int, p: float, *, torchao: bool = False) -> None:
+    """One LoRA linear, adapters in the working dtype, against itself with a full weight, PEFT's, and torchao's, which
+    take their time to compile."""
+    bench.room(0 if bench.smoke else 60 if torchao else 20)
     data = _Inputs(bench, M, K, N)
     full, full_trained = ours(bench, data, p, wide=False)
     theirs, their_trained = peft_layer(bench, data, p, wide=False)
@@ -98,7 +101,7 @@ def layer_cell(bench: Bench, formats: list[str], M: int, K: int, N: int, p: floa
     for name in formats:
         contenders[f"ours {name}"] = step(bench, data, *frozen_layer(bench, data, p, name), wide=False)
     for name, make in (("torchao fp8", torchao_fp8), ("torchao int8", torchao_int8)):
-        if name.split()[1] in formats:
+        if torchao and name.split()[1] in formats:
             contenders |= optional(bench, name, lambda make=make: make(bench, data, p))
     flops = 4 * M * N * K + 6 * M * RANK * (K + N)
     bench.cell(
@@ -183,6 +186,8 @@ def step_cell(bench: Bench, formats: list[str], shape: Shape, p: float, needs: f
     def check() -> list[Check]:
         found = []
         for name, one in narrow.items():
+            if not one.report.frozen:
+                raise RuntimeError(f"no linear multiplies in {name}: {sorted(set(one.report.kept_full.values()))}")
             loss, gradients = STEP_BOUNDS[name]
             got = loss_and_gradients(one, one.model, short)
             for what, wanted, found_here in zip(("loss", "dA", "dB"), truth, got, strict=True):

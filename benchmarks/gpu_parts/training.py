@@ -64,7 +64,8 @@ class Subject:
         if self.report is None:
             return "never fused"
         skipped = sorted(set(self.report.skipped.values()))
-        return f"backend {self.report.backend}, swapped {self.report.counts()}, skipped {skipped or 'nothing'}"
+        frozen = f", frozen linears: {self.report.told()}" if self.report.record else ""
+        return f"backend {self.report.backend}, swapped {self.report.counts()}{frozen}, skipped {skipped or 'nothing'}"
 
     def region(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.bench.device.type, torch.bfloat16) if self.autocast else nullcontext()

@@ -47,13 +47,14 @@ def _load() -> tuple[Any, str]:
     """(the library, how it was built), or (None, why there is none)."""
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0"
-    asked = os.environ.get("CXX", "").split()
-    found = asked or next(([path] for name in COMPILERS if (path := shutil.which(name))), None)
+    installed = [path for path in map(shutil.which, COMPILERS) if path]
+    found = os.environ.get("CXX", "").split() or installed[:1]
     if not found:
         return None, "no C++ compiler was found"
     try:
         version = _run([*found, "--version"]).splitlines()[0]
-        key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), version, *BASE, _cpu()]).encode())
+        made_of = [SOURCE.read_text(encoding="utf-8"), version, *BASE, *sum(TUNED, ()), _cpu()]
+        key = hashlib.sha256("\0".join(made_of).encode())
         path = _folder() / f"passes-{key.hexdigest()[:24]}.so"
         if not path.exists():
             _build(found, path)
@@ -154,11 +155,12 @@ _P, _N, _T, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "quantise": [_N, _P, _P, _P, _P, _N, _N, _P, _P, _T],
     "rescale": [_P, _N, _N, _N, _P, _P, _P, _P, _N, _T],
-    "rescale_with_update": [_P, _N, _N, _N, _P, _P, _P, _P, _N, _N, _P, _N, _P, _N, _T],
-    "rescale_add": [_P, _N, _N, _N, _P, _P, _N, _T],
-    "softmax_codes": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _N, _P, _P, _P, _T],
+    "rescale_add": [_P, _N, _N, _N, _P, _P, _P, _N, _T],
+    "softmax_block": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _T],
     "swiglu": [_P, _N, _P, _N, _N, _N, _P, _T],
     "swiglu_back": [_P, _N, _P, _N, _P, _N, _N, _N, _P, _P, _T],
+    "rms_norm": [_P, _N, _P, _N, _N, _F, _P, _P, _T],
+    "rms_norm_back": [_P, _N, _P, _N, _P, _P, _N, _N, _P, _T],
     "drop_down": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _N, _T],
     "draw_places": [_P, _N, _N, _N, _F, _P, _T],
     "drop_back": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _P, _N, _N, _P, _N, _P, _N, _T],

@@ -5,7 +5,9 @@
 
 One scale for a whole row of p would round all but its largest entries to zero. So the target's entry, the largest of
 the gradient, is left out of the rounding and multiplied exactly, and the others have a scale for each row and block of
-the vocabulary. Neither logits nor p are kept: the compiled pass turns the int32 products into codes of p, row by row.
+the vocabulary. The vocabulary is walked by blocks, each with all rows of a chunk, so that its weights are read once a
+chunk; what stands in dh shrinks as the largest logit of a row grows (Milakov and Gimelshein 2018). Neither logits nor p
+are kept: the compiled pass turns the int32 products of a block into codes of p.
 
 Shapes: M tokens, H hidden size, V vocabulary, R rows of a chunk.
 """
@@ -17,8 +19,11 @@ from . import _compiled as compiled
 from . import _passes as passes
 from .frozen_weight import FrozenWeight
 
-BLOCK = 4096
-"""Columns of the vocabulary with one scale."""
+BLOCK = 1024
+"""Columns of the vocabulary with one scale. Blocks four times as long take half as long again: their products leave the
+caches."""
+ROWS = 1024
+"""Rows of a chunk: fewer read the head's weights more often. Products of a block then take 4 MB."""
 
 
 def losses_and_gradient(
@@ -40,6 +45,8 @@ def losses_and_gradient(
     M, V = hidden.shape[0], head.shape[0]
     assert head.scale is not None
     ignored = targets == ignore_index
+    if targets.device.type == "cpu" and not bool((ignored | ((targets >= 0) & (targets < V))).all()):
+        raise IndexError(f"linear_cross_entropy: targets must be {ignore_index} or from 0 to {V - 1}.")
     clean = torch.where(ignored, -1, targets)
     weight = (~ignored).to(torch.float32) if weights is None else torch.where(ignored, 0, weights.to(torch.float32))
     codes, scale = head.units.quantise([hidden], [hidden.shape[1]], [head.factor])
@@ -47,23 +54,17 @@ def losses_and_gradient(
     losses = hidden.new_empty(M, dtype=torch.float32)
     dh = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device) if grad else None
     rows = max(1, min(chunk_rows, M))
-    blocks = -(-V // BLOCK)
-    buffer = torch.empty(blocks, rows, BLOCK, dtype=torch.int8, device=hidden.device) if grad else None
     for start in range(0, M, rows):
         part = slice(start, min(start + rows, M))
-        count = part.stop - start
-        products = head.units.product(codes[part], head.codes)
-        own = None if buffer is None else buffer.view(-1)[: blocks * count * BLOCK].view(blocks, count, BLOCK)
-        top, total, at, steps = _softmax(products, scale[part] * logit_scale, head.scale, clean[part], own)
-        del products
+        own = None if dh is None else dh[part]
+        top, total, at = _blocks(codes[part], scale[part] * logit_scale, head, clean[part], own)
         losses[part] = (total.log() + top - at) * weight[part]
         losses[part].masked_fill_(ignored[part], 0)
-        if dh is not None and own is not None and steps is not None:
-            factor = weight[part] * logit_scale
-            _gradient(dh[part], own, steps * (factor / total), head)
+        if own is not None:
+            factor, row = weight[part] * logit_scale, clean[part].clamp(0, V - 1)
             share = ((at - top).exp() / total - 1) * factor
-            rows_of = head.codes[clean[part].clamp_min(0)].to(torch.float32)
-            dh[part].addcmul_(rows_of, (share * head.scale[clean[part].clamp_min(0)]).unsqueeze(1))
+            own.mul_((factor / total).unsqueeze(1))
+            own.addcmul_(head.codes[row].to(torch.float32), (share * head.scale[row]).unsqueeze(1))
     if dh is None:
         return losses, None
     if head.factor is not None:
@@ -71,48 +72,69 @@ def losses_and_gradient(
     return losses, dh.to(hidden.dtype)
 
 
-def _gradient(dh: Tensor, codes: Tensor, steps: Tensor, head: FrozenWeight) -> None:
-    """dh (R, H) = Σ_b (codes_b·Wq,b)·steps_b, codes (blocks, R, BLOCK), steps (blocks, R)."""
-    V = head.shape[0]
-    for b in range(len(codes)):
-        width = min(BLOCK, V - b * BLOCK)
-        own = codes[b] if width == BLOCK else codes[b][:, :width].contiguous()
-        products = head.units.product_back(own, head.codes[b * BLOCK : b * BLOCK + width])
-        if b == 0:
-            dh.copy_(passes.rescale(products, steps[b], None, None, torch.float32))
+def _blocks(
+    codes: Tensor, row_scale: Tensor, head: FrozenWeight, targets: Tensor, dh: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """max z, Σ e^(z − max), z at the target, each (R,), of codes (R, H); dh (R, H) becomes Σ e^(z − max)·W without the
+    targets' own entries."""
+    R, V = len(codes), head.shape[0]
+    assert head.scale is not None
+    top = row_scale.new_full((R,), -torch.inf)
+    total, shrink = torch.zeros_like(top), torch.empty_like(top)
+    at = torch.where(targets == -1, 0.0, torch.nan).to(top.dtype)
+    for first in range(0, V, BLOCK):
+        own, column_scale = head.codes[first : first + BLOCK], head.scale[first : first + BLOCK]
+        products = head.units.product(codes, own)
+        place = targets - first
+        found = _softmax_block(products, row_scale, column_scale, place, top, total, at, shrink, dh is not None)
+        if dh is None or found is None:
+            continue
+        p, steps = found
+        products = head.units.product_back(p, own)
+        if first == 0:
+            dh.copy_(passes.rescale(products, steps, None, None, torch.float32))
         elif products.dtype == torch.int32 and compiled.usable(dh, steps):
             compiled.call(
-                "rescale_add", products, compiled.pitch(products), *dh.shape, steps[b], dh, compiled.pitch(dh)
+                "rescale_add", products, compiled.pitch(products), *dh.shape, steps, shrink, dh, compiled.pitch(dh)
             )
         else:
-            dh.add_(passes.rescale(products, steps[b], None, None, torch.float32))
+            dh.mul_(shrink.unsqueeze(1)).add_(passes.rescale(products, steps, None, None, torch.float32))
+    return top, total, at
 
 
-def _softmax(
-    products: Tensor, row_scale: Tensor, column_scale: Tensor, targets: Tensor, codes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """max z, Σ e^(z − max), z at the target (each (R,)), and the scales (blocks, R) of `codes`, which are filled in."""
-    R, V = products.shape
-    blocks = -(-V // BLOCK)
+def _softmax_block(
+    products: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    targets: Tensor,
+    top: Tensor,
+    total: Tensor,
+    at: Tensor,
+    shrink: Tensor,
+    grad: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Takes a block of logits into `top`, `total`, `at` and says in `shrink` how much smaller e^(z − top) of the blocks
+    before became. With `grad`: the codes (R, n) of this one's, times column_scale and without the target's entry, and
+    their scales (R,)."""
+    R, n = products.shape
     if products.dtype == torch.int32 and R and compiled.usable(row_scale, column_scale):
-        top, total, at = (torch.empty(R) for _ in range(3))
-        scales = None if codes is None else torch.empty(blocks, R)
-        scratch = torch.empty(torch.get_num_threads(), V)
+        codes = torch.empty(R, n, dtype=torch.int8) if grad else None
+        scales, scratch = torch.empty(R), torch.empty(torch.get_num_threads(), n)
         compiled.call(
-            "softmax_codes", products.contiguous(), R, V, row_scale.contiguous(), column_scale, targets, top, total, at,
-            BLOCK, codes, scales, scratch,
+            "softmax_block", products.contiguous(), R, n, row_scale, column_scale, targets, top, total, at, shrink,
+            codes, scales, scratch,
         )  # fmt: skip
-        return top, total, at, scales
+        return None if codes is None else (codes, scales)
     z = products.to(torch.float32).mul_(row_scale.unsqueeze(1)).mul_(column_scale)
-    top = z.amax(1)
-    at = torch.where(targets < 0, 0, z.gather(1, targets.clamp_min(0).unsqueeze(1))[:, 0])
+    here, column = (targets >= 0) & (targets < n), targets.clamp(0, n - 1).unsqueeze(1)
+    at.copy_(torch.where(here, z.gather(1, column)[:, 0], at))
+    higher = torch.maximum(top, z.amax(1))
+    shrink.copy_((top - higher).exp_())
+    top.copy_(higher)
     e = z.sub_(top.unsqueeze(1)).exp_()
-    total = e.sum(1)
-    if codes is None:
-        return top, total, at, None
+    total.mul_(shrink).add_(e.sum(1))
+    if not grad:
+        return None
     e.mul_(column_scale)
-    e.scatter_(1, targets.clamp_min(0).unsqueeze(1), torch.where(targets < 0, e[:, 0], 0).unsqueeze(1))
-    e = torch.nn.functional.pad(e, (0, blocks * BLOCK - V)).view(R * blocks, BLOCK)
-    found, scales = passes.quantise_plain(e, torch.int8)
-    codes.copy_(found.view(R, blocks, BLOCK).transpose(0, 1))
-    return top, total, at, scales.view(R, blocks).t()
+    e.scatter_(1, column, e.gather(1, column).masked_fill_(here.unsqueeze(1), 0))
+    return passes.quantise_plain(e, torch.int8)

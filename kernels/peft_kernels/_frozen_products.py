@@ -92,10 +92,8 @@ def products(
                 one, update = weights[i], updates[i]
                 part = product[:, start : start + one.shape[0]]
                 start += one.shape[0]
-                low = up = None
-                if update is not None:
-                    low, up = update.low, (update.B * update.scale).t().contiguous()
-                found[i] = passes.rescale(part, row_scale, one.scale, biases[i], x.dtype, low, up)
+                term = (None, None, 1.0) if update is None else (update.low, update.B, update.scale)
+                found[i] = passes.rescale(part, row_scale, one.scale, biases[i], x.dtype, *term)
             del product
         for i in run:
             one, y = weights[i], found[i]
@@ -161,7 +159,7 @@ def _back_of_run(
             for dy, one in zip(dys, weights, strict=True)
             if dy is not None and one.column_weight is not None
         ]
-        dx.index_copy_(1, first.columns, sum(own[1:], start=own[0]))
+        dx.index_add_(1, first.columns, sum(own[1:], start=own[0]))  # the codes there are zeros; `low` may be in it
     return dx
 
 

@@ -1,10 +1,10 @@
 """Passes over memory round the eight-bit products: quantise rows, scale products back. Compiled on a CPU, else torch.
 
     quantise   scale_i = max_k |v_ik| / limit,  code_ik = round(v_ik / scale_i),  v = x ⊙ factor
-    rescale    y_ij = product_ij · row_scale_i · column_scale_j + bias_j (+ low·up)
+    rescale    y_ij = product_ij · row_scale_i · column_scale_j + bias_j
 
 Shapes: M tokens, K or N features. `limit` is 127 (int8) or 448 (float8_e4m3fn), the largest code. Both versions of a
-pass have the same bits, but where low·up is added.
+pass have the same bits.
 """
 
 from collections.abc import Sequence
@@ -81,38 +81,37 @@ def rescale(
     dtype: torch.dtype,
     low: Tensor | None = None,
     up: Tensor | None = None,
+    by: float = 1.0,
 ) -> Tensor:
-    """products ⊙ row_scale ⊙ column_scale + bias + low·up, in float32 (float64 for float64 products), rounded once.
+    """products ⊙ row_scale ⊙ column_scale + bias + by·low·upᵀ, in float32 (float64 for float64 products), rounded once.
 
     Args:
         products: (M, N) int32 or floating; a slice of the columns of a wider matrix may be given.
         row_scale: (M,), column_scale: (N,), bias: (N,), each or None.
-        low: (M, r), up: (r, N), both or neither.
+        low: (M, r), up: (N, r), both or neither.
 
     Returns:
         (M, N) of `dtype`, a buffer of its own.
     """
-    if _compiled_takes(products, dtype) and row_scale is not None and compiled.usable(row_scale, column_scale, bias):
-        if low is None:
-            return _rescale_compiled(products, row_scale, column_scale, bias)
-        if column_scale is not None and up is not None and compiled.usable(low, up):
-            return _update_compiled(products, row_scale, column_scale, bias, low, up)
-    wide = torch.promote_types(torch.float32, products.dtype) if products.is_floating_point() else torch.float32
-    y = products.to(wide, copy=True)
-    if row_scale is not None:
-        y.mul_(row_scale.unsqueeze(1))
-    if column_scale is not None:
-        y.mul_(column_scale)
-    if bias is not None:
-        y.add_(bias)
+    if row_scale is not None and _compiled_takes(products) and compiled.usable(row_scale, column_scale, bias):
+        y = _rescale_compiled(products, row_scale, column_scale, bias)
+    else:
+        wide = torch.promote_types(torch.float32, products.dtype) if products.is_floating_point() else torch.float32
+        y = products.to(wide, copy=True)
+        if row_scale is not None:
+            y.mul_(row_scale.unsqueeze(1))
+        if column_scale is not None:
+            y.mul_(column_scale)
+        if bias is not None:
+            y.add_(bias)
     if low is not None and up is not None:
-        y = y.addmm_(low, up) if low.dtype == wide else y.add_(low @ up)
+        y = y.addmm_(low, up.t(), alpha=by) if low.dtype == y.dtype else y.add_(low @ up.t(), alpha=by)
     return y.to(dtype)
 
 
-def _compiled_takes(products: Tensor, dtype: torch.dtype) -> bool:
+def _compiled_takes(products: Tensor) -> bool:
     plain = type(products) is Tensor and products.dtype == torch.int32 and products.device.type == "cpu"
-    return plain and dtype == torch.float32 and products.numel() > 0 and products.stride(1) == 1
+    return plain and products.numel() > 0 and products.stride(1) == 1
 
 
 def _rescale_compiled(products: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -123,16 +122,4 @@ def _rescale_compiled(products: Tensor, row_scale: Tensor, column_scale: Tensor 
     compiled.call(
         "rescale", products, compiled.pitch(products), rows, features, row_scale, column_scale, bias, y, features
     )
-    return y
-
-
-def _update_compiled(
-    products: Tensor, row_scale: Tensor, column_scale: Tensor, bias: Tensor | None, low: Tensor, up: Tensor
-) -> Tensor:
-    rows, features = products.shape
-    y = torch.empty(rows, features)
-    compiled.call(
-        "rescale_with_update", products, compiled.pitch(products), rows, features, row_scale, column_scale, bias,
-        low, compiled.pitch(low), low.shape[1], up, compiled.pitch(up), y, features,
-    )  # fmt: skip
     return y

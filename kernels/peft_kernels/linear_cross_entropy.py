@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._cross_entropy_chunks import Plan, run
+from ._cross_entropy_codes import ROWS
 from ._launch import Backend, compute_dtype, use_triton
 from .frozen_weight import FrozenWeight
 
@@ -232,7 +233,7 @@ def linear_cross_entropy(
             ignored, NaN where there are none; "none", which computes the logits again in backward.
         logit_scale: factor of the logits (Cohere's multiplier, the inverse of Granite's divisor).
         chunk_rows: rows of logits at a time. Default: 64 to 256 rows, at most 32 MB where that leaves 64, on CPU;
-            1024 to 8192 rows, at most 256 MB where that leaves 1024, on CUDA.
+            1024 to 8192 rows, at most 256 MB where that leaves 1024, on CUDA; 1024 with `codes`.
         codes: int8 codes of a frozen `weight`: both products run on int8 units (`_cross_entropy_codes`). For a plain
             head: no bias, adapters, softcap or z_loss, and no reduction "none".
         backend: "triton", "torch", or "auto" (triton where `hidden` lives on CUDA).
@@ -271,7 +272,7 @@ def linear_cross_entropy(
         softcap=softcap or 0.0,
         z_loss=z_loss,
         logit_scale=logit_scale,
-        chunk_rows=chunk_rows or _default_rows(M, V, bytes_per_logit, hidden.is_cuda),
+        chunk_rows=chunk_rows or (ROWS if codes else _default_rows(M, V, bytes_per_logit, hidden.is_cuda)),
         triton=triton,
         dtype=dtype,
         adapter_dtypes=kinds,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _compiled as compiled
 from ._launch import Backend, compute_dtype, use_triton
 from .recompute import remember
 
@@ -92,11 +93,20 @@ def _result_dtype(x: Tensor, weight: Tensor | None, llama: bool) -> torch.dtype:
 
 
 def _apply(
-    x: Tensor, rstd: Tensor, weight: Tensor | None = None, *, offset: float, llama: bool, triton: bool
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    *,
+    offset: float,
+    llama: bool,
+    triton: bool,
+    passes: bool = False,
 ) -> Tensor:
     """y from what is saved: the second half of the forward, and the recipe of its result."""
     if triton:
         return _launched_apply(x, rstd, weight, offset, llama)
+    if passes and weight is not None and compiled.usable(x, rstd, weight):
+        return _norm_compiled(x, rstd, weight, -1.0, offset)
     xhat = x * rstd  # a narrow x is widened by rstd's dtype
     if weight is None:
         return xhat.to(x.dtype)
@@ -111,10 +121,30 @@ def _shifted(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
     return offset + weight if offset else weight
 
 
+def _norm_compiled(x: Tensor, rstd: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """y; makes `rstd` where eps is not negative."""
+    flat, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape)
+    shifted = _shifted(weight, offset, x.dtype)
+    compiled.call("rms_norm", flat, compiled.pitch(flat), shifted, *flat.shape, eps, rstd, y)
+    return y
+
+
+def _back_compiled(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, offset: float) -> Tensor:
+    flat, rows, dx = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1]), torch.empty(x.shape)
+    shifted = _shifted(weight, offset, x.dtype)
+    compiled.call(
+        "rms_norm_back", rows, compiled.pitch(rows), flat, compiled.pitch(flat), rstd, shifted, *flat.shape, dx
+    )
+    return dx
+
+
 def _torch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, llama: bool
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, llama: bool, passes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     h = x if residual is None else x + residual
+    if passes and weight is not None and compiled.usable(h, weight):
+        rstd = torch.empty(*h.shape[:-1], 1)
+        return _norm_compiled(h, rstd, weight, eps, offset), rstd, h
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=compute_dtype(x))  # one read, no temporary
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return _apply(h, rstd, weight, offset=offset, llama=llama, triton=False), rstd, h
@@ -150,13 +180,16 @@ class _RMSNorm(torch.autograd.Function):
         offset: float,
         llama: bool,
         triton: bool,
+        passes: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        forward = _launched_forward if triton else _torch_forward
-        y, rstd, h = forward(x, residual, weight, eps, offset, llama)
+        if triton:
+            y, rstd, h = _launched_forward(x, residual, weight, eps, offset, llama)
+        else:
+            y, rstd, h = _torch_forward(x, residual, weight, eps, offset, llama, passes)
         ctx.save_for_backward(x if residual is None else h, rstd, weight)
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
-        ctx.offset, ctx.triton = offset, triton
+        ctx.offset, ctx.triton, ctx.passes = offset, triton, passes
         return y, rstd, None if residual is None else h
 
     @staticmethod
@@ -165,11 +198,14 @@ class _RMSNorm(torch.autograd.Function):
         x, rstd, weight = ctx.saved_tensors
         need_x, need_residual, trained = ctx.needs_input_grad[:3]
         dx, dw = dh, None
-        if dy is not None:
+        if dy is not None and ctx.passes and not trained and weight is not None and compiled.usable(dy, x, weight):
+            dx = _back_compiled(dy, x, rstd, weight, ctx.offset)
+            dx = dx if dh is None else dx.add_(dh)
+        elif dy is not None:
             backward = _launched_backward if ctx.triton else _torch_backward
             dx, dw = backward(dy, dh, x, rstd, weight, ctx.offset, trained)
         dw = dw.to(weight.dtype) if trained and dw is not None else None
-        return dx if need_x else None, dx if need_residual else None, dw, None, None, None, None
+        return dx if need_x else None, dx if need_residual else None, dw, None, None, None, None, None
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, cast: str) -> None:
@@ -194,6 +230,7 @@ def rms_norm(
     offset: float = 0.0,
     cast: Cast = "llama",
     backend: Backend = "auto",
+    passes: bool = False,
 ) -> Tensor: ...
 
 
@@ -207,6 +244,7 @@ def rms_norm(
     cast: Cast = "llama",
     residual: Tensor,
     backend: Backend = "auto",
+    passes: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -219,6 +257,7 @@ def rms_norm(
     cast: Cast = "llama",
     residual: Tensor | None = None,
     backend: Backend = "auto",
+    passes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root mean square norm over the last dimension, with the residual add before it if one is given.
 
@@ -231,6 +270,7 @@ def rms_norm(
             "gemma" computes in fp32 and rounds once to x's dtype.
         residual: (..., D) of x's dtype; h = x + residual (rounded to that dtype) is normed and returned too.
         backend: "triton", "torch", or "auto" (triton where `x` lives on CUDA).
+        passes: let compiled passes compute fp32 on a CPU, where they run: one pass each way, other rounding.
 
     Returns:
         y (..., D), or (y, h) with a residual. Nothing is modified. Differentiable once in x, residual and weight.
@@ -240,8 +280,8 @@ def rms_norm(
     """
     _check(x, residual, weight, cast)
     triton, llama = use_triton(x, backend), cast == "llama"
-    y, rstd, h = _RMSNorm.apply(x, residual, weight, eps, offset, llama, triton)
+    y, rstd, h = _RMSNorm.apply(x, residual, weight, eps, offset, llama, triton, passes)
     saved = (x if residual is None else h, rstd)
-    make = functools.partial(_apply, offset=offset, llama=llama, triton=triton)
+    make = functools.partial(_apply, offset=offset, llama=llama, triton=triton, passes=passes)
     remember(y, make, *saved, *(() if weight is None else (weight,)))
     return y if residual is None else (y, h)

@@ -29,8 +29,9 @@ def spec_of(cell: Cell, suite: str, general_text: GeneralText | None, **more: An
     """What a cell's process is told.
 
     Args:
-        more: `command`, `cells_at_once`, `tuned` (how the learning rate was chosen, or None) and `forgetting_before`
-            (the untouched model's, or None where it is not known yet).
+        more: `command`, `cells_at_once`, `tuned` (how the learning rate was chosen, or None), `forgetting_before`
+            (the untouched model's, or None where it is not known yet), `judged` (a baseline was judged on this
+            data) and `probe` (see `trying`).
     """
     text = general_text if cell.kind != "tuning" else None
     return {
@@ -55,9 +56,12 @@ def run_cell(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         EngineError: as `train` does; VerificationError where the reopened run is not the trained one.
     """
     began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    from . import measuring
+    from . import measuring, trying
 
-    found = measuring.baseline(spec, folder) if spec["kind"] == "baseline" else measuring.trained(spec, folder)
+    if spec.get("probe"):
+        found = trying.tried(spec, folder)
+    else:
+        found = measuring.baseline(spec, folder) if spec["kind"] == "baseline" else measuring.trained(spec, folder)
     info = {
         "created_at": created,
         "suite": spec["suite"],

@@ -32,7 +32,7 @@ class Cell:
         method: name in the suite; "baseline" for the untouched model.
         config: resolved settings, without `output`.
         tokens: budget in tokens, where the suite has it so; the cell turns it into steps.
-        key: sha256 of everything that decides the result.
+        key: sha256 of what decides the result (`_cell`): settings, and the content of the files that they name.
     """
 
     kind: Kind
@@ -80,8 +80,8 @@ def final_cells(suite: Suite, method: str, rate: float) -> list[Cell]:
     return [_cell(suite, "final", method, seed, rate) for seed in suite.seeds]
 
 
-def check_methods(suite: Suite) -> None:
-    """Resolve every method's settings once. Raises ConfigError with the faults of all methods."""
+def method_faults(suite: Suite) -> list[str]:
+    """Resolve every method's settings once: the faults of all methods."""
     faults: list[str] = []
     for name in ["baseline", *suite.methods]:
         try:
@@ -90,8 +90,7 @@ def check_methods(suite: Suite) -> None:
             where = "config" if name == "baseline" else f"methods.{name}"
             text = str(error).replace("settings: ", f"{where}: ")
             faults += [line for line in text.splitlines() if line.partition(": ")[2] not in " ".join(faults)]
-    if faults:
-        raise ConfigError("\n".join(faults))
+    return faults
 
 
 def settings_of(suite: Suite, kind: Kind, method: str, seed: int, rate: float | None) -> dict[str, Any]:

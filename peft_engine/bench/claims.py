@@ -10,8 +10,7 @@ GAIN, STEP, MEMORY = ("gain kept", 0.95), ("step time", 0.75), ("peak memory", 0
 
 def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per plain LoRA of the suite three lines: gain kept ≥ 0.95, step time ≤ 0.75, peak memory ≤ 0.4 of the reference.
-
-    None where the reference is not full fine-tuning: that is what the claim is about.
+    None where the reference is no full fine-tuning.
 
     Args:
         rows: the table's rows.
@@ -20,12 +19,11 @@ def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         method, claim, limit, value, low, high, verdict, cells: [{cell, value}] that miss by themselves. Verdicts:
         `met`; `met on average` (the interval, or a seed, reaches past the limit); `missed`; `unknown` with `why`.
     """
-    settings = {row["name"]: row["run_info"]["config"] or {} for row in rows}
-    if (settings.get(found.reference, {}).get("adapter") or {}).get("method", "full") != "full":
-        return []
-    lines = []
+    lines: list[dict[str, Any]] = []
+    if _reference_kind(found) != "full":
+        return lines
     for row in rows:
-        if row["name"] == found.reference or not _plain_lora(settings[row["name"]]):
+        if not _claimed_of(found, row):
             continue
         if not _fused(row["meta_info"]["kernels"]):
             why = "none of its LoRA layers ran fused (meta_info.kernels)"
@@ -35,6 +33,31 @@ def claims(found: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lines.append(_share(found, row, "step_seconds", STEP))
         lines.append(_share(found, row, "peak_bytes", MEMORY))
     return lines
+
+
+def unclaimed(found: Results, rows: list[dict[str, Any]]) -> str | None:
+    """A sentence why nothing is claimed of these results; None where something is."""
+    kind = _reference_kind(found)
+    if kind != "full":
+        return (
+            f"The claims for LoRA are about full fine-tuning. The reference here, {found.reference}, is something "
+            f"else (method: {kind}), so nothing is claimed of these results."
+        )
+    if any(_claimed_of(found, row) for row in rows):
+        return None
+    return "No plain LoRA with fused kernels is among the methods, so its claim is not measured here."
+
+
+def _reference_kind(found: Results) -> str:
+    """The adapter method of the reference: as its cells ran it, else as the suite says."""
+    for record in found.finals.get(found.reference, {}).values():
+        return str(((record["run_info"].get("config") or {}).get("adapter") or {}).get("method", "unknown"))
+    entry = (found.suite.get("methods") or {}).get(found.reference) or {}
+    return str((entry.get("adapter") or {}).get("method", "unknown"))
+
+
+def _claimed_of(found: Results, row: dict[str, Any]) -> bool:
+    return row["name"] != found.reference and _plain_lora(row["run_info"]["config"] or {})
 
 
 def _fused(kernels: dict[str, Any] | None) -> bool:

@@ -31,14 +31,16 @@ from ..meters.time import PhaseTimer
 from ..run import train
 from ..runtime import Runtime, git_state, hardware, start, versions
 from ..tasks import Task, make_task
-from ..tasks.base import Generates
+from ..tasks.base import Generates, to_device
 from ..tasks.causal_lm import CausalLM
+from ..tasks.items import item_kind
 from ..tasks.text_metrics import text_scores
 from ..training.step import gradients
 from ..using import open_run
-from .general_text import UNIT, mean_nats, windows
+from .general_text import windows
 from .suite import GeneralText
 
+UNIT = "nats per token"  # of forgetting
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOOKED_AT = 200  # steps among which the one of median size is looked for
 AGREES = 1e-3  # relative difference of a loss that rounding may cause between a trained model and its reopened run
@@ -46,16 +48,9 @@ AGREES = 1e-3  # relative difference of a loss that rounding may cause between a
 
 def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train as the spec says, then measure: train_info and meta_info of a record."""
-    config = _config(spec, folder)
-    if spec["tokens"]:
-        config = _with_steps(config, _prepare(config)[2]["train"], spec["tokens"])
+    config, final = _ready(spec, config_of(spec, folder)), spec["kind"] == "final"
     summary = train(config, overwrite=True)
     metrics = summary["metrics"]
-    final = spec["kind"] == "final"
-    if not summary["evaluations"]:
-        raise ConfigError("The suite's data has no evaluation split.", "Set config.data.split.eval, or data.eval.")
-    if final and metrics["split"] != "test":
-        raise ConfigError("The suite's data has no test split.", "Set config.data.split.test, or data.test.")
     opened_up = _reopened(spec, config, metrics["after"], summary["micro_batch_size"]) if final else {}
     flops, rate = opened_up.pop("flops", None), opened_up.pop("gemm", None)
     usual = (summary["step_seconds_percentiles"] or {}).get("p50")
@@ -94,7 +89,7 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "energy_joules": summary["energy"] and summary["energy"]["joules"],
         "energy_method": summary["energy"] and summary["energy"]["method"],
         "cost_usd": summary["cost_usd"],
-        **({"forgetting": None, "class_names": None} | opened_up),
+        **({"forgetting": None, "class_names": None, "judging_seconds": None} | opened_up),
     }
     meta = {
         "hardware": summary["hardware"],
@@ -113,12 +108,11 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def baseline(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Judge the model as it is: train_info and meta_info of a record without training. A new head is as its seed
     starts it."""
-    config, timer, energy = _config(spec, folder), PhaseTimer(), energy_here()
+    config, timer, energy = config_of(spec, folder), PhaseTimer(), energy_here()
     with timer.phase("load"):
         runtime = start(config)
-        splits, task, data = _prepare(config)
-        if "test" not in data:
-            raise ConfigError("The suite's data has no test split.", "Set config.data.split.test, or data.test.")
+        splits, task, data = prepare(config)
+        refuse_unjudged(spec, splits, task)
         backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
         model: Any = backbone.model
         refuse_too_long(model, data)
@@ -185,25 +179,33 @@ def baseline(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _reopened(spec: Mapping[str, Any], config: Config, after: Mapping[str, Any], micro: int) -> dict[str, Any]:
     """What only the trained model itself can tell: answers, items, forgetting, class_names, flops and gemm."""
-    splits, _, data = _prepare(config)
-    opened = open_run(config.output)
-    task, group, runtime = opened.task, opened.group, opened.runtime
-    if config.kernels != "off" and group.fused is None:
-        group.fused, group.rows = fuse(group.model, config.kernels), row_seeds(group.model)
+    timer = PhaseTimer()
+    with timer.phase("reopen"):
+        splits, _, data = prepare(config)
+        opened = open_run(config.output)
+        task, group, runtime = opened.task, opened.group, opened.runtime
+        if config.kernels != "off" and group.fused is None:
+            group.fused, group.rows = fuse(group.model, config.kernels), row_seeds(group.model)
     size = config.evaluation.batch_size or config.training.batch_size
     with group.evaluating(group.members[0]) as model:
-        items = evaluate_items(model, task, data["test"], size, runtime)
+        with timer.phase("items"):
+            items = evaluate_items(model, task, data["test"], size, runtime)
         refuse_other_loss(after, items)
-        found = {
-            "answers": _answered(model, task, splits, items, spec, size),
-            "forgetting": _forgetting(spec, model, task, config, runtime),
-        }
+        with timer.phase("answers"):
+            answers = _answered(model, task, splits, items, spec, size)
+        with timer.phase("forgetting"):
+            forgetting = _forgetting(spec, model, task, config, runtime)
+    with timer.phase("machine"):
+        flops = _step_flops(group, task, data["train"], config, runtime, micro)
+        gemm = gemm_rate(runtime.device, NARROW.get(runtime.precision, torch.float32))
     return {
-        **found,
+        "answers": answers,
+        "forgetting": forgetting,
         "items": items,
         "class_names": _class_names(task),
-        "flops": _step_flops(group, task, data["train"], config, runtime, micro),
-        "gemm": gemm_rate(runtime.device, NARROW.get(runtime.precision, torch.float32)),
+        "flops": flops,
+        "gemm": gemm,
+        "judging_seconds": timer.seconds,
     }
 
 
@@ -217,25 +219,58 @@ def refuse_other_loss(trained: Mapping[str, Any], items: Mapping[str, Any]) -> N
         )
 
 
-def _config(spec: Mapping[str, Any], folder: Path) -> Config:
+def config_of(spec: Mapping[str, Any], folder: Path) -> Config:
     """The run's settings. Answers are generated here, once and row by row, not by the run."""
     config = load_config({**spec["config"], "output": str(folder / "run")})
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate_rows": 0})})
 
 
-def _prepare(config: Config) -> tuple[Splits, Task, dict[str, EncodedSet]]:
+def prepare(config: Config) -> tuple[Splits, Task, dict[str, EncodedSet]]:
     splits = load_splits(config)
     task = make_task(config, splits.labels)
     return splits, task, encode_splits(task, splits, config)
 
 
-def _with_steps(config: Config, data: EncodedSet, tokens: int) -> Config:
+def _ready(spec: Mapping[str, Any], config: Config) -> Config:
+    """The settings with their number of steps. Looks at the data first, where no baseline was judged on it."""
+    if not spec["tokens"] and spec.get("judged"):
+        return config
+    splits, task, data = prepare(config)
+    refuse_unjudged(spec, splits, task)
+    return with_steps(config, data["train"], spec["tokens"]) if spec["tokens"] else config
+
+
+def refuse_unjudged(spec: Mapping[str, Any], splits: Splits, task: Task) -> int:
+    """What a cell could not measure after its training, told before it.
+
+    Returns:
+        Test rows that answers are generated for.
+
+    Raises:
+        ConfigError: no split to evaluate or test on, or a task without single test rows. DataError: no answers to
+            compare generated ones with, or too little general text.
+    """
+    item_kind(task)
+    for name in ("eval", "test"):
+        if getattr(splits, name) is None:
+            fix = f"Set config.data.split.{name}, or data.{name}."
+            raise ConfigError(f"The suite's data has no {name} split.", fix)
+    if spec["general_text"]:
+        windows(GeneralText.model_validate(spec["general_text"]), task.processor)
+    return len(_reference_answers(spec, splits, task))
+
+
+def with_steps(config: Config, data: EncodedSet, tokens: int) -> Config:
     """A budget of tokens as steps: the same for every method and seed, by the mean step of the data."""
+    steps = max(1, round(tokens / tokens_of_steps(config, data).mean()))
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})
+
+
+def tokens_of_steps(config: Config, data: EncodedSet) -> np.ndarray:
+    """Tokens of each step of an epoch, padding not counted, int64 (steps,)."""
     plan = BatchPlan(data.lengths, config.training.batch_size, 0, config.data.group_by_length, mixture=data.mixture)
     steps = range(1, plan.steps_per_epoch + 1)
-    mean = float(np.mean([data.lengths[plan.rows(step)].sum() for step in steps]))
-    training = config.training.model_copy(update={"steps": max(1, round(tokens / mean))})
-    return config.model_copy(update={"training": training})
+    return np.array([data.lengths[plan.rows(step)].sum() for step in steps], dtype=np.int64)
 
 
 def _curve(folder: Path) -> list[list[float]]:
@@ -271,7 +306,23 @@ def _answered(
 ) -> dict[str, Any]:
     """Generate the answers that the suite asks for; add `exact` to the items (null beyond them); their metrics."""
     settings = load_config({**spec["config"], "output": "unset"}).evaluation
-    asked = settings.generate_rows
+    wanted = _reference_answers(spec, splits, task)
+    if not wanted:
+        return {}
+    assert splits.test is not None
+    assert isinstance(task, Generates)
+    texts = task.answers(model, [splits.test.examples[row] for row in wanted], settings, size)
+    pairs = zip(texts, wanted.items(), strict=True)
+    right = {row: float(is_right(text, answer, settings.answer)) for text, (row, answer) in pairs}
+    items["exact"] = [right.get(row) for row in items["rows"]]
+    if isinstance(task, CausalLM):
+        return {"exact_match": sum(right.values()) / len(right), "generated_rows": len(right)}
+    return text_scores(texts, list(wanted.values()))
+
+
+def _reference_answers(spec: Mapping[str, Any], splits: Splits, task: Task) -> dict[int, str]:
+    """Test row → its answer, of the rows that are to be answered. Raises DataError where none of them has any."""
+    asked = (spec["config"].get("evaluation") or {}).get("generate_rows")
     if not asked or not isinstance(task, Generates):
         return {}
     assert splits.test is not None
@@ -282,13 +333,7 @@ def _answered(
             wanted[row] = str(answer).strip()
     if not wanted:
         raise DataError("evaluation.generate_rows: the test rows have no answers to compare with.", "Set it to 0.")
-    texts = task.answers(model, [splits.test.examples[row] for row in wanted], settings, size)
-    pairs = zip(texts, wanted.items(), strict=True)
-    right = {row: float(is_right(text, answer, settings.answer)) for text, (row, answer) in pairs}
-    items["exact"] = [right.get(row) for row in items["rows"]]
-    if isinstance(task, CausalLM):
-        return {"exact_match": sum(right.values()) / len(right), "generated_rows": len(right)}
-    return text_scores(texts, list(wanted.values()))
+    return wanted
 
 
 def _forgetting(
@@ -308,7 +353,19 @@ def _general_loss(spec: Mapping[str, Any], model: nn.Module, task: Task, config:
     assert isinstance(task, CausalLM)
     settings = GeneralText.model_validate(spec["general_text"])
     size = config.evaluation.batch_size or config.training.batch_size
-    return mean_nats(model, task, windows(settings, task.processor), size, runtime)
+    return _mean_nats(model, task, windows(settings, task.processor), size, runtime)
+
+
+def _mean_nats(model: nn.Module, task: CausalLM, ids: np.ndarray, size: int, runtime: Runtime) -> float:
+    """Mean loss per predicted token (nats): in each window every token but the first. The model in eval mode."""
+    total = 0.0
+    for first in range(0, len(ids), size):
+        part = torch.from_numpy(ids[first : first + size])
+        batch = to_device({"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part}, runtime.device)
+        with torch.no_grad(), runtime.accelerator.autocast():
+            logits = task.forward(model, batch)
+        total += float(task.loss(logits, batch))
+    return total / (ids.shape[0] * (ids.shape[1] - 1))
 
 
 def _class_names(task: Task) -> list[str] | None:

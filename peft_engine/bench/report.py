@@ -12,11 +12,25 @@ from typing import Any
 
 from ..errors import StorageError
 from .claims import told_claim
+from .notes import counted, notes
 from .plots import plots
 from .scoring import load
 from .tables import table
 
 SIGNS = {"met": "✓", "met on average": "~", "missed": "✗", "unknown": "?"}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The content of report.json, from a results folder's records; nothing is written.
+
+    Raises:
+        ConfigError: no folder, or no finished cell in it. DataError: a record's items don't fit together.
+    """
+    found = table(load(folder))
+    found["summary"] = [told_claim(line, found["reference"]) for line in found["claims"]]
+    found["notes"] = notes(found)
+    strict: dict[str, Any] = _strict(found)
+    return strict
 
 
 def write_report(folder: Path) -> dict[str, Any]:
@@ -26,14 +40,11 @@ def write_report(folder: Path) -> dict[str, Any]:
         The content of report.json (see benchmarks/README.md).
 
     Raises:
-        ConfigError: no folder, or no finished cell in it. DataError: a record's items don't fit together.
-        StorageError: a file can't be written.
+        ConfigError, DataError: as `report_of` does. StorageError: a file can't be written.
     """
-    found = table(load(folder))
-    found["summary"] = [told_claim(line, found["reference"]) for line in found["claims"]]
-    found["notes"] = notes(found)
+    found = report_of(folder)
     files = {
-        "report.json": json.dumps(_strict(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.csv": as_csv(found),
         "report.md": as_markdown(found),
         "report.html": as_html(found),
@@ -62,44 +73,10 @@ def _write(path: Path, content: str) -> None:
         raise StorageError(f"{path}: can't be written: {error}", "Free the disk, or mend the rights.") from error
 
 
-def notes(found: dict[str, Any]) -> list[str]:
-    """What a reader must know before the numbers."""
-    lines = []
-    first, reference, primary = found["results"][0], found["reference"], found["primary"]
-    unsure = [row["name"] for row in found["results"][1:] if first["name"] in row["not_told_apart_from"]]
-    if unsure:
-        lines.append(
-            f"Not told apart from the best by its mean, {first['name']}: {', '.join(unsure)}. Their order says nothing."
-        )
-    if not any(row["name"] == reference for row in found["results"]):
-        lines.append(f"The reference, {reference}, has no finished cell: differences and shares are missing.")
-    least = min(len(row["run_info"]["seeds"]) for row in found["results"])
-    if least < 10:
-        lines.append(
-            f"{_count(least, 'seed')}: an interval can't reach beyond the seeds that were run. Where seeds rather than "
-            "test items make the noise it is too narrow (with 3 seeds it then holds the truth about 75 times in 100, "
-            "not 95)."
-        )
-    flat = [
-        row["name"] for row in found["results"] if not row["train_info"]["metrics"].get(primary, {}).get("over_items")
-    ]
-    if flat:
-        lines.append(
-            f"No test items were kept of {', '.join(flat)}: their intervals of {primary} are over seeds alone."
-        )
-    for name in ("hardware", "versions", "data_digest", "weights_digest"):
-        if len(found["meta_info"][name]) > 1:
-            lines.append(f"Cells differ in {name}: compare them with care.")
-    # what is swapped follows from the method; what it runs on should not
-    if len(backends := {(one or {}).get("backend") for one in found["meta_info"]["kernels"]}) > 1:
-        lines.append(f"Cells differ in the kernels' backend ({', '.join(sorted(map(str, backends)))}).")
-    edge = [line["method"] for line in found["learning_rates"] if line["at_edge"]]
-    if edge:
-        lines.append(f"Learning rate at the edge of its grid, so perhaps not the best: {', '.join(edge)}.")
-    fixed = [line["method"] for line in found["learning_rates"] if not line["tuned"]]
-    if fixed:
-        lines.append(f"Learning rate given, not tuned: {', '.join(fixed)}.")
-    return lines
+def tried_by(found: dict[str, Any]) -> str:
+    """The metric that learning rates are chosen by: the report's, where evaluations while training have it."""
+    curves = [curve for row in found["results"] for curve in row["train_info"]["eval_curves"].values() if curve]
+    return found["primary"] if not curves or any(found["primary"] in curve[-1] for curve in curves) else "loss"
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -241,6 +218,7 @@ def as_html(found: dict[str, Any]) -> str:
         legend=LEGEND,
         signs=SIGNS,
         facts=_facts(found),
+        tried_by=tried_by(found),
         published=published_lines(found),
         published_words=published_words(found) if found["published"] else [],
         published_columns=PUBLISHED,
@@ -261,6 +239,7 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("Command", "; ".join(str(one) for one in run["commands"])),
         ("Cells", f"{finals} final ({len(found['results'])} methods, seeds {', '.join(map(str, run['seeds']))})"),
         ("Budget", _shown([run["budget"]] if run["budget"] else [])),
+        ("Cost", _cost(found)),
         ("Test rows", "–" if run["test_rows"] is None else f"{run['test_rows']:,}"),
         ("Data, weights", f"{_shown(meta['data_digest'])}; {_shown(meta['weights_digest'])}"),
         (
@@ -271,12 +250,25 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
+def _cost(found: dict[str, Any]) -> str:
+    """What the costs are made of; empty where there are none."""
+    price = found["run_info"]["price"]
+    told = (
+        f"runs, from loading to saving, at {price['usd_per_hour']:g} USD an hour ({price['source']})"
+        if price and price["cells"]
+        else ""
+    )
+    recorded = sum(cell["train_info"].get("cost_usd") is not None for cell in found["cells"])
+    own = f"{counted(recorded, 'cell')} as recorded, by config.budget.usd_per_hour" if recorded else ""
+    return "; ".join(part for part in (told, own) if part)
+
+
 def _kernels(rows: list[dict[str, Any]]) -> str:
     """Which parts were swapped for fused ones, by methods that are alike in it."""
     alike: dict[str, list[str]] = {}
     for row in rows:
         told = row["meta_info"]["kernels"] or {}
-        left = f", {_count(len(told['skipped']), 'part')} left as they are" if told.get("skipped") else ""
+        left = f", {counted(len(told['skipped']), 'part')} left as they are" if told.get("skipped") else ""
         text = f"{told['backend']} ({_shown(told.get('swapped') or {}) or 'nothing'}{left})" if told else "off"
         alike.setdefault(text, []).append(row["name"])
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
@@ -298,6 +290,7 @@ def as_markdown(found: dict[str, Any]) -> str:
     text = [f"# {_plain(found['title'])}", ""]
     text += [_plain(found["description"]), ""] if found["description"] else []
     text += [f"- {SIGNS[c['verdict']]} {_plain(t)}" for c, t in zip(found["claims"], found["summary"], strict=True)]
+    text += [f"- {SIGNS['unknown']} {_plain(found['unclaimed'])}"] if found["unclaimed"] else []
     text += [f"- {_plain(line)}" for line in found["notes"]]
     text += [f"- failed: {_plain(one['cell'])}: {_plain(one['reason'])}" for one in found["failed"]]
     text += [f"- missing: {_plain(one)}" for one in found["missing"]]
@@ -321,7 +314,7 @@ def as_markdown(found: dict[str, Any]) -> str:
         ]
         for line in found["learning_rates"]
     ]
-    text += [*_rows([["method", "chosen", f"tried: last eval {found['primary']}", ""], *rates]), "", "## What ran", ""]
+    text += [*_rows([["method", "chosen", f"tried: last eval {tried_by(found)}", ""], *rates]), "", "## What ran", ""]
     text += [f"- {name}: {_plain(value)}" for name, value in _facts(found)]
     return "\n".join(text) + "\n"
 
@@ -362,7 +355,3 @@ def as_csv(found: dict[str, Any]) -> str:
 def _cell(text: str) -> str:
     """A text that no spreadsheet takes for a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import ConfigError
-from .cells import Cell, baseline_cell, check_methods, final_cells, tuning_cells
-from .published import figures_of, read_publication
+from .cells import Cell, baseline_cell, final_cells, tuning_cells
 from .records import read_records
-from .suite import Suite, load_suite
+from .refusals import check_suite
+from .suite import SMALLER_IS_BETTER, Suite, load_suite
 
 DIVERGED = 5  # exit code
 
@@ -25,6 +27,8 @@ class Results:
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    broken: str | None = None
+    """What is wrong with the folder's suite.yaml; the next bench puts it aside."""
     _known: dict[tuple[Any, ...], list[Cell]] = field(default_factory=dict)
 
     def baseline(self) -> Cell:
@@ -76,15 +80,15 @@ class Results:
         if len(rates) == 1:
             return {"learning_rate": rates[0], "metric": None, "maximize": None, "candidates": [], "edge": None}
         candidates: list[dict[str, Any]] = []
-        primary, maximize = None, True
+        metric, maximize = None, True
         for cell in self.search(method):
             state, value = self.state(cell), None
             if state not in ("done", "diverged"):
                 return None
             if state == "done":
                 info = self.records[cell.name]["train_info"]
-                primary, maximize = info["primary"], info["maximize"]
-                value = info["eval_curve"][-1][primary]
+                metric, maximize = self.judged_by(info)
+                value = info["eval_curve"][-1][metric]
             candidates.append({"learning_rate": cell.learning_rate, "value": value})
         usable = [one for one in candidates if one["value"] is not None]
         if not usable:
@@ -92,7 +96,30 @@ class Results:
         best = min(usable, key=lambda one: (-one["value"] if maximize else one["value"], one["learning_rate"]))
         rate = best["learning_rate"]
         edge = "lowest" if rate == rates[0] else "highest" if rate == rates[-1] else None
-        return {"learning_rate": rate, "metric": primary, "maximize": maximize, "candidates": candidates, "edge": edge}
+        return {"learning_rate": rate, "metric": metric, "maximize": maximize, "candidates": candidates, "edge": edge}
+
+    def judged_by(self, info: dict[str, Any]) -> tuple[str, bool]:
+        """The metric that a search run is chosen by, and whether more of it is better.
+
+        Args:
+            info: its train_info.
+        """
+        named = self.suite.primary
+        if named is None or named == info["primary"]:
+            return str(info["primary"]), bool(info["maximize"])
+        return (named, named not in SMALLER_IS_BETTER) if named in info["eval_curve"][-1] else ("loss", False)
+
+    def refuse_primary(self, record: dict[str, Any]) -> None:
+        """Raises ConfigError where a record of test metrics has none that the suite ranks by."""
+        info = record["train_info"]
+        found = info["metrics_after"] or info["metrics_before"] or {}
+        known = [name for name, value in found.items() if value is None or isinstance(value, int | float)]
+        if self.suite.primary is not None and found and self.suite.primary not in known:
+            raise ConfigError(
+                f"primary: got {self.suite.primary}, expected a metric of {record['run_info']['method']}: "
+                f"{', '.join(known)}.",
+                "Name one of these, or set what makes the metric (exact_match: config.evaluation.generate_rows).",
+            )
 
     def cells(self) -> list[Cell]:
         """All cells that are known, in the order in which they run: the final ones of methods whose learning rate is
@@ -119,23 +146,38 @@ def open_results(path: str | Path, folder: str | Path | None = None) -> Results:
     """A suite and what its results folder holds. Changes nothing.
 
     Raises:
-        ConfigError: the suite, one of its methods' settings or its published figures are at fault; or the folder is
-            another suite's.
+        ConfigError: the suite is at fault, or asks for what the bench can't do; or the folder is another suite's.
     """
     suite = load_suite(path)
-    check_methods(suite)
-    if suite.published:
-        figures_of(read_publication(Path(suite.published.path)), suite.published)
+    check_suite(suite)
     results = Results(suite, Path(folder or Path("benchmarks/results") / suite.name).expanduser())
     if results.folder.exists() and not results.folder.is_dir():
         raise ConfigError(f"--output: {results.folder} is a file.", "Name a folder.")
-    written = results.folder / "suite.yaml"
-    if written.is_file():
-        name = load_suite(written).name
-        if name != suite.name:
-            raise ConfigError(
-                f"--output: {results.folder} holds the results of the suite {name}, not of {suite.name}.",
-                "Name another folder.",
-            )
     results.read()
+    results.broken, name = _written(results)
+    if name not in (None, suite.name):
+        raise ConfigError(
+            f"--output: {results.folder} holds the results of the suite {name}, not of {suite.name}.",
+            "Name another folder.",
+        )
+    for cell in results.cells():
+        if cell.kind != "tuning" and results.state(cell) == "done":
+            results.refuse_primary(results.records[cell.name])
     return results
+
+
+def _written(results: Results) -> tuple[str | None, str | None]:
+    """What is wrong with the suite that stands in a results folder, and its name; where that can't be read, the one
+    that its records have."""
+    path = results.folder / "suite.yaml"
+    if not path.exists():
+        return None, None
+    try:
+        return None, load_suite(path).name
+    except ConfigError as error:
+        problem = error.problem.splitlines()[0]
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        if isinstance(tree := yaml.safe_load(path.read_text(encoding="utf-8")), dict) and tree.get("name"):
+            return problem, str(tree["name"])
+    names = sorted({str(record["run_info"].get("suite")) for record in results.records.values()})
+    return problem, next((name for name in names if name != results.suite.name), None)

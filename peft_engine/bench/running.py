@@ -1,46 +1,27 @@
 """Runs a suite's cells in processes of their own: what is open, in which order, what is kept of each."""
 
-import contextlib
 import json
-import os
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ..errors import Interrupted
-from ..run_directory import RunDirectory, storage_errors, write_whole
-from .cell import UNTIL_CLOSED, spec_of
+from ..errors import ConfigError, EngineError, Interrupted
+from ..run_directory import RunDirectory, command, storage_errors, write_whole
+from .cell import spec_of
 from .cells import Cell
+from .jobs import Job, end, failure_of, launch, noting_signals
 from .published import FILE
 from .records import read_record, write_record
 from .results import Results
 from .suite import to_yaml
 
 CELL = (sys.executable, "-m", "peft_engine.bench.cell")
-TAIL = 30  # lines of a failed cell's log that are kept with it
 WORST_FIRST = (1, 8, 4, 7, 2, 3, 5, 6)  # exit codes
-PATIENCE = 20  # seconds that cells get to end by themselves
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Job:
-    """A cell whose process runs."""
-
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    folder: Path
-    log: Path
-    began: float
 
 
 class Bench:
@@ -68,14 +49,21 @@ class Bench:
         self.running: list[Job] = []
         self.tried: set[str] = set()
         self.stopped: str | None = None
+        self.refused: EngineError | None = None
         self.work = results.folder / "work"
 
     def run(self) -> None:
-        """Run what is open. Raises Interrupted after SIGTERM or SIGINT; StorageError where another bench runs here."""
-        with RunDirectory(self.results.folder), self._signals():
+        """Run what is open.
+
+        Raises:
+            Interrupted: after SIGTERM or SIGINT. StorageError: another bench runs here. EngineError, with the exit code
+            of the cell: the baseline failed, so that nothing else was started. ConfigError: no metric has the name that
+            the suite ranks by.
+        """
+        with RunDirectory(self.results.folder), noting_signals(self._stop):
             self._tidy()
             try:
-                while not self.stopped:
+                while not self.stopped and self.refused is None:
                     while len(self.running) < self.jobs and (cell := self._next()) is not None:
                         self._start(cell)
                     if not self.running:
@@ -91,6 +79,11 @@ class Bench:
                 f"{self.stopped}: stopped; {len(self.results.records)} records stand.",
                 "Run the same bench again: it goes on with the cells that are open.",
             )
+        if self.refused is not None:
+            raise self.refused
+
+    def _stop(self, name: str) -> None:
+        self.stopped = name
 
     def _tidy(self) -> None:
         """Put aside what is not of this suite's settings, take back what is, and leave no half work."""
@@ -101,6 +94,10 @@ class Bench:
             for path in self.work.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
+            if results.broken is not None:
+                self.say(f"{results.broken} It is put aside as suite.yaml.broken and written anew.")
+                (folder / "suite.yaml").replace(folder / "suite.yaml.broken")
+                results.broken = None
             write_whole(folder / "suite.yaml", to_yaml(results.suite))
             if published := results.suite.published:
                 write_whole(folder / FILE, Path(published.path).read_text(encoding="utf-8"))
@@ -149,6 +146,8 @@ class Bench:
             return None
         busy = {job.cell.name for job in self.running}
         for cell in self.results.cells():
+            if cell.name in busy and cell.kind == "baseline":
+                return None  # it finds out whether the others can be judged at all
             if cell.name in busy or cell.name in self.tried or (self.only and not cell.matches(self.only)):
                 continue
             if self.results.state(cell) not in ("done", "diverged"):
@@ -161,29 +160,19 @@ class Bench:
         untouched = results.records.get(results.baseline().name)
         forgetting = untouched and untouched["train_info"]["forgetting"]
         more = {
-            "command": _command(),
+            "command": command(),
             "cells_at_once": self.jobs,
             "tuned": results.choice(cell.method) if cell.kind == "final" else None,
             "forgetting_before": forgetting and forgetting["before"],
+            "judged": untouched is not None,
         }
         with storage_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             spec = spec_of(cell, suite.name, suite.general_text, **more)
-            (folder / "spec.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-            with log.open("wb") as out:
-                words = [*self.program, str(folder / "spec.json"), str(folder / "record.json"), UNTIL_CLOSED]
-                # a session of its own: Ctrl-C reaches this process alone, which then ends its cells
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.PIPE,
-                    stdout=out,
-                    stderr=out,
-                    env=_environment(self.jobs),
-                    start_new_session=True,
-                )
+            job = launch(cell, spec, folder, log, self.program, self.jobs)
         self.tried.add(cell.name)
-        self.running.append(Job(cell, process, folder, log, time.monotonic()))
+        self.running.append(job)
 
     def _collect(self) -> None:
         """Wait until a cell ends, or something is asked of this process; keep what the cells left."""
@@ -211,14 +200,25 @@ class Bench:
                 failed.unlink(missing_ok=True)
                 self._remove(job.folder)
                 results.read()
-                self._tell(job.cell, _figure(record), took)
+                self._tell(job.cell, self._figure(record), took)
+                try:
+                    results.refuse_primary(record)
+                except ConfigError as error:
+                    self.refused = error
                 return
-        failure = _failure(job, problem)
+        failure = failure_of(job, problem)
         with storage_errors(failed):
             write_whole(failed, json.dumps(failure, ensure_ascii=False, indent=2) + "\n")
         self._remove(job.folder)
         results.read()
         self._tell(job.cell, f"FAILED (exit {failure['exit_code']}): {failure['reason']}", took)
+        if job.cell.kind == "baseline":
+            self.refused = EngineError(
+                f"baseline: {failure['reason']}",
+                f"{failure['fix']} No other cell was started. The same command tries again; --only METHOD runs a "
+                f"method's cells without the baseline. The log: {job.log}".strip(),
+            )
+            self.refused.exit_code = failure["exit_code"]
 
     def _remove(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -231,37 +231,25 @@ class Bench:
 
     def _end_all(self) -> None:
         """End the cells that still run; what they did so far is lost."""
+        end(self.running)
         for job in self.running:
-            job.process.terminate()
-        until = time.monotonic() + PATIENCE
-        for job in self.running:
-            try:
-                job.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-                job.process.wait()
-            if job.process.stdin is not None:
-                job.process.stdin.close()
             self._remove(job.folder)
         self.running = []
+
+    def _figure(self, record: dict[str, Any]) -> str:
+        """The number that a person wants to see of a record."""
+        info = record["train_info"]
+        if record["run_info"]["kind"] == "tuning":
+            metric = self.results.judged_by(info)[0]
+            return f"{metric} {_number(info['eval_curve'][-1].get(metric))} (eval)"
+        metric = self.results.suite.primary or info["primary"]
+        return f"{metric} {_number((info['metrics_after'] or info['metrics_before'] or {}).get(metric))}"
 
     def _write_tuning(self) -> None:
         """tuning.json: how each method's learning rate was chosen."""
         chosen = {method: self.results.choice(method) for method in self.results.suite.methods}
         with storage_errors(self.results.folder):
             write_whole(self.results.folder / "tuning.json", json.dumps(chosen, indent=2) + "\n")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
-            self.stopped = signal.Signals(number).name
-
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 def worst(codes: Sequence[int]) -> int:
@@ -270,48 +258,5 @@ def worst(codes: Sequence[int]) -> int:
     return min(codes, key=lambda code: order.get(code, -1), default=0)
 
 
-def _failure(job: Job, problem: str | None) -> dict[str, Any]:
-    """What is kept of a failed cell: its own word, or how its process ended."""
-    code = job.process.returncode
-    told: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        told = json.loads((job.folder / "failure.json").read_text(encoding="utf-8"))
-    if problem is None and not told:
-        killed = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        hint = "; out of memory?" if code == -signal.SIGKILL else ""
-        problem = f"The cell's process said nothing ({killed}{hint})."
-    tail = job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if job.log.exists() else []
-    cell = job.cell
-    return {
-        "reason": problem or told["reason"],
-        "fix": told.get("fix", ""),
-        "exit_code": (4 if code == -signal.SIGKILL else 1) if problem else int(told.get("exit_code") or 1),
-        "kind": cell.kind,
-        "method": cell.method,
-        "seed": cell.seed,
-        "learning_rate": cell.learning_rate,
-        "key": cell.key,
-        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "log_tail": tail,
-    }
-
-
-def _figure(record: dict[str, Any]) -> str:
-    """The number that a person wants to see of a record."""
-    info = record["train_info"]
-    primary = info["primary"]
-    tuning = record["run_info"]["kind"] == "tuning"
-    found = info["eval_curve"][-1] if tuning else info["metrics_after"] or info["metrics_before"] or {}
-    value = found.get(primary)
-    return f"{primary} {'not finite' if value is None else format(value, '.4f')}" + (" (eval)" if tuning else "")
-
-
-def _environment(jobs: int) -> dict[str, str]:
-    """That of a cell: its share of the cores, unless somebody has said otherwise."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    share = {"OMP_NUM_THREADS": str(max(1, cores // jobs))} if jobs > 1 else {}
-    return {**share, **os.environ}
-
-
-def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else format(value, ".4f")

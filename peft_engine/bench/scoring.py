@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from ..errors import ConfigError, DataError, StorageError
+from ..errors import ConfigError, DataError
+from ..meters.cost import cost_usd
 from .columns import columns_of
 from .records import read_records
 from .statistics import Sample, Sums, flat_sample, resample, sample
+from .suite import SMALLER_IS_BETTER, Published
 
 Record = dict[str, Any]
 
@@ -80,18 +83,43 @@ class Results:
 
     @property
     def primary(self) -> str:
-        return str(self._any()["train_info"]["primary"])
+        """The suite's, or the task's own."""
+        return str(self.suite.get("primary") or self._any()["train_info"]["primary"])
 
     @property
     def maximize(self) -> bool:
-        return bool(self._any()["train_info"]["maximize"])
+        own = self._any()["train_info"]
+        return bool(own["maximize"]) if self.primary == own["primary"] else self.primary not in SMALLER_IS_BETTER
 
     def _any(self) -> Record:
         return next(iter(next(iter(self.finals.values())).values()))
 
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The suite's price of its machine. Raises ConfigError where it is none."""
+        price = self.suite.get("usd_per_hour")
+        if price is None:
+            return None
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
+            raise ConfigError(
+                f"{self.folder / 'suite.yaml'}: usd_per_hour: got {price!r}, expected dollars above 0, or null.",
+                "Mend it there, and in the suite itself.",
+            )
+        return float(price)
+
+    def priced(self, record: Record) -> bool:
+        """Whether a record says nothing of cost itself, so that the suite's price counts."""
+        return info("cost_usd")(record) is None and self.usd_per_hour is not None
+
     def measured(self, method: str, name: str) -> dict[int, float]:
-        """seed → number, of the seeds that have one."""
+        """seed → number, of the seeds that have one. Cost: of the whole run, by the suite's price where a
+        record has none."""
         each = {seed: MEASURED[name](record) for seed, record in self.finals.get(method, {}).items()}
+        if name == "cost_usd":
+            for seed, record in self.finals.get(method, {}).items():
+                seconds = MEASURED["wall_seconds"](record)
+                if self.priced(record) and seconds is not None:
+                    each[seed] = cost_usd(seconds, self.usd_per_hour)
         return {seed: value for seed, value in each.items() if value is not None}
 
 
@@ -99,18 +127,28 @@ def load(folder: Path) -> Results:
     """Read and check a results folder; draw its resamples.
 
     Raises:
-        ConfigError: no such folder, or no finished final cell in it. StorageError: suite.yaml can't be read.
+        ConfigError: no such folder, no finished final cell in it, or no metric that the suite ranks by.
     """
     if not (folder / "cells").is_dir():
         raise ConfigError(f"{folder}: no results here, expected {folder / 'cells'}.", "Run `peft-engine bench` first.")
-    found = Results(folder, _suite(folder))
     good, bad = read_records(folder)
+    suite, problem = _suite(folder)
+    found = Results(folder, suite or _as_recorded(list(good.values())))
     found.left_out = [{"cell": name, "reason": unplaced(reason, folder).rstrip(".")} for name, reason in bad.items()]
+    if problem:
+        reason = f"{unplaced(problem, folder)}; without it the reference is taken to be {found.reference}"
+        found.left_out.append({"cell": "suite.yaml", "reason": reason})
     for record in sorted(good.values(), key=lambda one: str(one["run_info"].get("created_at"))):
         _place(found, record)
     if not found.finals:
         raise ConfigError(f"{folder}: no finished cell of kind `final`, so nothing to report.", "Go on with the bench.")
     _score(found)
+    if suite.get("primary") and not any(found.primary in samples for samples in found.samples.values()):
+        known = sorted({name for samples in found.samples.values() for name in samples})
+        raise ConfigError(
+            f"{folder / 'suite.yaml'}: primary: got {found.primary}, expected one of {', '.join(known)}.",
+            "Correct it there, and in the suite that `peft-engine bench` is given.",
+        )
     return found
 
 
@@ -121,13 +159,33 @@ def unplaced(text: str, folder: Path) -> str:
     return text
 
 
-def _suite(folder: Path) -> dict[str, Any]:
+def _suite(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The folder's suite, and what is wrong with it; then it is empty."""
     path = folder / "suite.yaml"
+    if not path.is_file():
+        return {}, None
     try:
-        suite = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        suite = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StorageError(f"{path}: can't be read: {error}", "Run `peft-engine bench` again; it writes it.") from error
-    return suite if isinstance(suite, dict) else {}
+        return {}, "can't be read: " + " ".join(str(error).split())
+    kinds: dict[str, Any] = {"methods": dict, "tuning": dict, "seeds": list, "primary": str, "published": dict}
+    if not isinstance(suite, dict):
+        return {}, "holds no settings"
+    wrong = [name for name, kind in kinds.items() if not isinstance(suite.get(name) or kind(), kind)]
+    if not wrong and not all(isinstance(method, dict) for method in (suite.get("methods") or {}).values()):
+        wrong = ["methods"]
+    if not wrong and suite.get("published"):
+        try:
+            Published.model_validate(suite["published"])
+        except ValidationError:
+            wrong = ["published"]
+    return ({}, f"has something else than a suite's {', '.join(wrong)}") if wrong else (suite, None)
+
+
+def _as_recorded(records: list[Record]) -> dict[str, Any]:
+    """What the records tell of a suite that can't be read."""
+    names = {str(record["run_info"].get("suite")) for record in records}
+    return {"name": names.pop()} if len(names) == 1 else {}
 
 
 def _place(found: Results, record: Record) -> None:

@@ -53,13 +53,17 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def scores(sums: Sums) -> dict[str, np.ndarray]:
+def scores(sums: Sums, whole: Sums | None = None) -> dict[str, np.ndarray]:
     """Metrics of sums over items, whichever their columns allow.
 
     Columns (see columns.py): rows; loss with units; right (rows whose label is hit); hit, said, true (…, classes) for
     F1; single for MCC; x, y, xx, yy, xy, gap for regression; bytes; tokens_right; words_right with words;
     entity_hit, entity_said, entity_true; exact with judged.
     A ratio of nothing to nothing is 0, as scikit-learn has it with zero_division=0.
+
+    Args:
+        whole: sums over all items, where `sums` are of draws: a class without a true row in a draw, but with some in
+            all items, is left out of that draw's macro means. A draw that lost it says nothing of it.
     """
     found: dict[str, np.ndarray] = {}
     rows = sums["rows"]
@@ -70,19 +74,19 @@ def scores(sums: Sums) -> dict[str, np.ndarray]:
     if "hit" in sums:
         hit, said, true = sums["hit"], sums["said"], sums["true"]
         each = class_scores(sums)
-        found["f1_macro"] = each["f1"].mean(-1)
+        found["f1_macro"] = _macro(each["f1"], sums, whole)
         if "words" not in sums:
-            whole = class_scores({name: sums[name].sum(-1) for name in ("hit", "said", "true")})
+            pooled = class_scores({name: sums[name].sum(-1) for name in ("hit", "said", "true")})
             for name in ("precision", "recall", "f1"):
-                found |= {f"{name}_macro": each[name].mean(-1), f"{name}_micro": whole[name]}
+                found |= {f"{name}_macro": _macro(each[name], sums, whole), f"{name}_micro": pooled[name]}
         if "single" in sums:
             right = hit.sum(-1)
             above = right * rows - (said * true).sum(-1)
             below = np.sqrt((rows**2 - (said**2).sum(-1)) * (rows**2 - (true**2).sum(-1)))
             found["mcc"] = _over(above, below)
     if "entity_hit" in sums:
-        whole = class_scores({name: sums[f"entity_{name}"] for name in ("hit", "said", "true")})
-        found |= {name: whole[name] for name in ("precision", "recall", "f1")}
+        pooled = class_scores({name: sums[f"entity_{name}"] for name in ("hit", "said", "true")})
+        found |= {name: pooled[name] for name in ("precision", "recall", "f1")}
     if "xy" in sums:
         x, y, xx, yy, xy = (sums[name] for name in ("x", "y", "xx", "yy", "xy"))
         spread = np.sqrt(np.maximum(rows * xx - x**2, 0) * np.maximum(rows * yy - y**2, 0))
@@ -110,6 +114,14 @@ def class_scores(sums: Sums) -> dict[str, np.ndarray]:
         "f1": _over(2 * hit, said + true),
         "rows": true,
     }
+
+
+def _macro(each: np.ndarray, sums: Sums, whole: Sums | None) -> np.ndarray:
+    """Mean over classes; of a draw, over those that it could say something of."""
+    if whole is None:
+        return np.asarray(each.mean(-1))
+    counted = (sums["true"] > 0) | (whole["true"] == 0)
+    return _over((each * counted).sum(-1), counted.sum(-1))
 
 
 def totals(columns: Sums) -> Sums:
@@ -152,8 +164,9 @@ def resample(cells: Sequence[Sums], draws: int = DRAWS, seed: int = 0) -> list[S
 def sample(by_seed: Mapping[int, tuple[Sums, Sums]]) -> dict[str, Sample]:
     """Samples by metric of one method; `by_seed`: seed → (columns, their `resample`)."""
     seeds = tuple(sorted(by_seed))
-    values = [scores(totals(by_seed[seed][0])) for seed in seeds]
-    drawn = [scores(by_seed[seed][1]) for seed in seeds]
+    whole = [totals(by_seed[seed][0]) for seed in seeds]
+    values = [scores(one) for one in whole]
+    drawn = [scores(by_seed[seed][1], one) for seed, one in zip(seeds, whole, strict=True)]
     return {
         name: Sample(seeds, np.array([one[name] for one in values]), np.stack([one[name] for one in drawn], 1))
         for name in values[0]

@@ -33,6 +33,8 @@ TAKEN = {
 """Settings of a run that a suite decides in its own way."""
 SAME = {"batch_size", "precision"}
 """Of `training`: what must be the same for all methods, beside what is taken."""
+SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error", "mean_absolute_error")
+"""Of all metrics; of the others more is better."""
 
 
 class RunBudget(Section):
@@ -115,6 +117,9 @@ class Suite(Section):
     """The same for every method."""
     reference: str = "full"
     """Method that the others are compared with."""
+    primary: str | None = None
+    """Metric that methods are ranked by, and learning rates chosen by where evaluations while training have it (else by
+    loss); null is the task's own."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
     """Of the final cells: initialisation, data order, dropout."""
     tuning: Tuning = Tuning()
@@ -127,6 +132,10 @@ class Suite(Section):
     """Figures that others published for the same methods: the report shows them beside ours."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Stated limit of the whole suite on the machine that it was made for."""
+    usd_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Price of the machine, for cells whose config.budget names none; the report takes it, no cell's key holds it."""
+    price_source: str = ""
+    """Where that price stands, with the day; needed with one."""
 
     def rates(self, method: str) -> list[float]:
         """Learning rates of a method, rising."""
@@ -153,6 +162,8 @@ class Suite(Section):
             faults.append("methods.baseline: this name is the untouched model's; name it otherwise")
         if self.tuning.seed in self.seeds:
             faults.append(f"tuning.seed: {self.tuning.seed} is among seeds; take another")
+        if self.usd_per_hour is not None and not self.price_source.strip():
+            faults.append("price_source: is missing; say where usd_per_hour is from")
         if self.general_text and self.config.get("task") != "causal-lm":
             faults.append("general_text: measures language models; set it to null, or config.task: causal-lm")
         if faults:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from .claims import claims
+from .claims import claims, unclaimed
 from .published import FILE, beside, read_publication
 from .scoring import MEASURED, Record, Results, info, unplaced
 from .statistics import Interval, class_scores, gain_kept, interval, paired, ratio, totals
@@ -36,6 +36,7 @@ def table(found: Results) -> dict[str, Any]:
         "reference": found.reference,
         "before": _before(found),
         "claims": claims(found, rows),
+        "unclaimed": unclaimed(found, rows),
         "results": rows,
         "published": _published(found, rows),
         "cells": [_cell(record) for record in records],
@@ -49,6 +50,7 @@ def table(found: Results) -> dict[str, Any]:
             "total_seconds": sum(record["run_info"].get("total_seconds") or 0 for record in [*records, *found.tunings]),
             "commands": _distinct([record["run_info"].get("command") for record in records]),
             "budget": suite.get("budget"),
+            "price": _price(found, records),
             "seeds": sorted({seed for of in found.finals.values() for seed in of}),
             "test_rows": len(found.rows) if found.rows else None,
         },
@@ -106,6 +108,14 @@ def _published(found: Results, rows: list[dict[str, Any]]) -> dict[str, Any] | N
     return beside(read_publication(found.folder / FILE), Published(**found.suite["published"]), rows)
 
 
+def _price(found: Results, records: list[Record]) -> dict[str, Any] | None:
+    """The suite's price, where its source is, and how many cells have their cost from it; None without one."""
+    if found.usd_per_hour is None:
+        return None
+    source = str(found.suite.get("price_source") or "no source named")
+    return {"usd_per_hour": found.usd_per_hour, "source": source, "cells": sum(map(found.priced, records))}
+
+
 def share(found: Results, method: str, name: str) -> dict[str, Any] | None:
     """Of the reference's median, with the range over seeds."""
     one = ratio(found.measured(method, name), found.measured(found.reference, name))
@@ -139,19 +149,32 @@ def _per_class(found: Results, method: str) -> dict[str, dict[str, float]] | Non
 
 
 def _rank(found: Results, rows: list[dict[str, Any]]) -> None:
-    """Place by mean; the methods that a paired interval doesn't tell apart; the places that leaves open."""
-    samples = [found.samples[row["name"]].get(found.primary) for row in rows]
+    """The places that paired intervals leave open, and whom none tells apart; puts the rows in order.
 
-    def apart(i: int, j: int) -> bool:
-        one, other = samples[i], samples[j]
+    The order is that of the means. Where methods ran different seeds, one that beats another on the seeds they share
+    stands before it, whatever the means over their own seeds say.
+    """
+    samples = {row["name"]: found.samples[row["name"]].get(found.primary) for row in rows}
+    names, sign = list(samples), 1 if found.maximize else -1
+
+    def better(name: str, than: str) -> bool:
+        one, other = samples[name], samples[than]
         between = paired(one, other) if one and other else None
-        return between is not None and between.excludes_zero
+        return between is not None and between.excludes_zero and sign * between.mean > 0
 
-    every = range(len(rows))
+    beaten = {name: [other for other in names if other != name and better(name, other)] for name in names}
+    for row in rows:
+        name = row["name"]
+        above = [other for other in names if name in beaten[other]]
+        row["places"] = [1 + len(above), len(rows) - len(beaten[name])]
+        row["not_told_apart_from"] = [one for one in names if one not in (name, *above, *beaten[name])]
+    ordered: list[dict[str, Any]] = []
+    for row in rows:
+        behind = (at for at, other in enumerate(ordered) if other["name"] in beaten[row["name"]])
+        ordered.insert(next(behind, len(ordered)), row)
+    rows[:] = ordered
     for i, row in enumerate(rows):
         row["place"] = i + 1
-        row["places"] = [1 + sum(apart(j, i) for j in every[:i]), len(rows) - sum(apart(i, j) for j in every[i + 1 :])]
-        row["not_told_apart_from"] = [rows[j]["name"] for j in every if j != i and not apart(i, j)]
 
 
 def _before(found: Results) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from driver import FAKE
 from peft_engine.bench.forecast import forecast
 from peft_engine.bench.results import Results, open_results
 from peft_engine.bench.running import Bench, worst
-from peft_engine.errors import ConfigError, Interrupted, StorageError
+from peft_engine.bench.suite import load_suite
+from peft_engine.errors import ConfigError, EngineError, Interrupted, StorageError
 from peft_engine.run_directory import RunDirectory
 from suites import SUITE, content, titles, write_suite
 
@@ -272,6 +273,38 @@ def test_one_bench_at_a_time(go, place):
     assert started(place) == []
 
 
+def test_a_failed_baseline_stops_the_bench(go, place):
+    for jobs in (1, 2):
+        with pytest.raises(
+            EngineError, match="baseline: told to fail with 3 don't No other cell was started"
+        ) as caught:
+            go({"baseline": "fail 3"}, jobs=jobs)
+        assert caught.value.exit_code == 3
+        assert "--only METHOD" in caught.value.fix
+        assert started(place) == ["baseline"]
+        assert titles(place / "out", "failed") == ["baseline-baseline-0"]
+    go({"baseline": "fail 3"}, only="full")
+    assert started(place) == ["full/seed-0", "full/seed-1"]
+    go({}, jobs=2)
+    assert titles(place / "out") == ALL
+
+
+@pytest.mark.parametrize("content", ["name: tiny\nmethods: {full", "", "- 1\n", "name: tiny\nsead: 3\n"])
+def test_a_suite_in_the_results_that_cannot_be_read_is_put_aside(go, place, content):
+    go()
+    started(place)
+    (place / "out/suite.yaml").write_text(content)
+    go()
+    assert started(place) == []
+    assert (place / "out/suite.yaml.broken").read_text() == content
+    assert sum("put aside as suite.yaml.broken" in line for line in go.said) == 1
+    assert load_suite(place / "out/suite.yaml") == load_suite(place / "suite.yaml")
+    (place / "out/suite.yaml").write_text(content)
+    write_suite(place / "suite.yaml", name="other")
+    with pytest.raises(ConfigError, match="holds the results of the suite tiny"):
+        open_results("suite.yaml", "out")
+
+
 def in_background(place: Path, folder: str) -> subprocess.Popen[str]:
     """A bench whose cell `lora/seed-0` sleeps; returns once that has begun."""
     (place / "table.json").write_text(json.dumps({"lora/seed-0": "sleep"}))
@@ -355,7 +388,6 @@ def test_the_command_line(place, monkeypatch):
 
     from peft_engine.bench import running
     from peft_engine.cli import cli
-    from peft_engine.errors import EngineError
 
     reported: list[Path] = []
     monkeypatch.setattr(running, "CELL", FAKE)
@@ -364,8 +396,8 @@ def test_the_command_line(place, monkeypatch):
     call = ["bench", "suite.yaml", "--output", "out"]
     dry = CliRunner().invoke(cli, [*call, "--dry-run"])
     assert "8 cells, 8 of them to run" in dry.stdout
-    assert "unknown until the first cell has run; the suite states 5 minutes" in dry.stdout
-    assert not (place / "out").exists(), "a dry run writes nothing"
+    assert "time: about 2.4 minutes; the suite states 5 (by a probe of full, 3 steps: " in dry.stdout
+    assert sorted(path.name for path in place.iterdir()) == ["started", "suite.yaml", "table.json"], "it writes nothing"
     done = CliRunner().invoke(cli, call)
     assert isinstance(done.exception, EngineError)
     assert done.exception.exit_code == 4
@@ -383,7 +415,5 @@ def test_the_command_line(place, monkeypatch):
 
 def test_suite_is_unchanged_by_reading(go, place):
     go(limit=1)
-    from peft_engine.bench.suite import load_suite
-
     assert load_suite(place / "out/suite.yaml") == load_suite(place / "suite.yaml")
     assert load_suite("suite.yaml").methods["lora"].adapter == SUITE["methods"]["lora"]["adapter"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_engine.bench.cells import baseline_cell, check_methods, file_digest, final_cells, tuning_cells
+from peft_engine.bench.cells import baseline_cell, file_digest, final_cells, method_faults, tuning_cells
 from peft_engine.bench.suite import load_suite, suite_of, to_yaml
 from peft_engine.config_reading import load_config
 from peft_engine.errors import ConfigError
@@ -48,6 +48,8 @@ def changed(**places):
         (changed(methods={}), "methods"),
         (changed(config__training=[]), "config.training: got \\[\\], expected settings written"),
         (changed(config__data="x"), "config.data: got 'x', expected settings written"),
+        (changed(usd_per_hour=0, price_source="x"), "usd_per_hour: got 0"),
+        (changed(usd_per_hour=1.5), "price_source: is missing; say where usd_per_hour is from"),
     ],
 )
 def test_faults_of_a_suite(tree, said):
@@ -73,10 +75,9 @@ def test_a_suite_that_is_not_there(tmp_path):
 
 def test_faults_of_methods_are_told_with_their_names():
     tree = changed(methods__lora__adapter={"method": "lora", "rnak": 3}, methods__full__adapter={"method": "fulll"})
-    with pytest.raises(ConfigError) as caught:
-        check_methods(suite_of(tree))
-    assert "methods.lora: adapter.rnak" in str(caught.value)
-    assert "methods.full: adapter.method" in str(caught.value)
+    told = "\n".join(method_faults(suite_of(tree)))
+    assert "methods.lora: adapter.rnak" in told
+    assert "methods.full: adapter.method" in told
 
 
 def test_cells_of_a_suite():
@@ -98,7 +99,8 @@ def test_cells_of_a_suite():
 
 def test_a_key_is_of_what_decides_the_result():
     key = final_cells(suite_of(SUITE), "lora", 1e-3)[0].key
-    same = changed(title="Another", minutes=9, tuning__share=0.25, methods__lora__learning_rates=[1.0])
+    same = changed(title="Another", minutes=9, primary="loss", tuning__share=0.25, methods__lora__learning_rates=[1.0])
+    same |= {"usd_per_hour": 0.5, "price_source": "a list"}
     assert final_cells(suite_of(same), "lora", 1e-3)[0].key == key
     for other in (changed(config__data__max_length=9), changed(budget={"steps": 7}), changed(config__kernels="off")):
         assert final_cells(suite_of(other), "lora", 1e-3)[0].key != key
@@ -124,7 +126,7 @@ def test_a_suite_is_written_as_it_is_read(tmp_path):
 def test_shipped_suites(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     suite = load_suite(path)
-    check_methods(suite)
+    assert method_faults(suite) == []
     assert suite.name == path.stem
     assert len(suite.seeds) >= 3
     assert suite.minutes or suite.published, "its own machine decides how long a published table takes"

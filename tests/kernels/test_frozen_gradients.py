@@ -308,7 +308,7 @@ def test_bf16_gradients_are_products_of_rounded_factors(shape):
     x = torch.randn(samples, rows, features, generator=draw)
     weights = [torch.randn(n, features, generator=draw) for n in widths]
     dys = [torch.randn(samples, rows, n, generator=draw) for n in widths]
-    leaf = x.to(DEVICE).requires_grad_()
+    leaf = x.clone().to(DEVICE).requires_grad_()
     held = freeze_siblings([weight.to(DEVICE) for weight in weights], "bf16")
     ys = lora_linears(leaf, [Projection(one) for one in held], backend="torch")
     (dx,) = torch.autograd.grad(ys, leaf, [dy.to(DEVICE) for dy in dys])

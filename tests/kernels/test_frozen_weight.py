@@ -9,7 +9,7 @@ from peft_kernels.frozen_weight import freeze, freeze_siblings
 
 FORMATS = ("int8", "fp8", "bf16")
 # half a step of the codes: of 127 steps, of e4m3's three bits behind the leading one, of bf16's seven
-ERROR = {"int8": 0.5 / 127, "fp8": 2.0**-4, "bf16": 2.0**-9}
+ERROR = {"int8": 0.5 / 127, "fp8": 2.0**-4, "bf16": 2.0**-8}
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

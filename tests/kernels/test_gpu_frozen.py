@@ -1,31 +1,21 @@
-"""8-bit quantisation and products on Triton against fp64 truth and against the same lines in torch."""
+"""8-bit products on Triton against fp64 truth and against the same lines in torch."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
+from eight_bit import CODES, LAUNCH, SMALL, fenced, poisoned_outputs, quantised  # noqa: F401
 from oracle import DEVICE, DTYPES, guarded
 from test_gpu_dropout import SALT, SEEDS, philox_keep_reference
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_kernels import _frozen_ops
-from peft_kernels.gpu import _eight_bit_gemm, _quantise, fp8_gemm, int8_gemm
+from peft_kernels.gpu import _eight_bit_gemm
 from peft_kernels.gpu._eight_bit_gemm import DEEPEST, launch_product, launch_product_back
 from peft_kernels.gpu._philox import scale_of
-from peft_kernels.gpu._quantise import LARGEST, turned
 from peft_kernels.gpu.lora_forward import Tile
 
-
-def _unit(name: str, dtype: torch.dtype, least: tuple[int, int]):
-    missing = DEVICE == "cuda" and torch.cuda.get_device_capability() < least
-    return pytest.param(dtype, id=name, marks=pytest.mark.skipif(missing, reason=f"{name} begins with sm_{least}"))
-
-
-CODES = [_unit("int8", torch.int8, (8, 0)), _unit("fp8", torch.float8_e4m3fn, (8, 9))]
-LAUNCH = {torch.int8: int8_gemm.launch_quantise_rows, torch.float8_e4m3fn: fp8_gemm.launch_quantise_rows}
-SMALL = Tile(rows=16, columns=32, depth=32)
 SCALE = 1.7
 # rows of a sample, samples, K, N, r, p
 SIZES = [
@@ -35,166 +25,6 @@ SIZES = [
     (17, 1, 200, 129, 64, 0.0),
     (21, 2, 65, 147, 160, 0.5),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch) -> Iterator[None]:
-    """`torch.empty` gives NaN between margins of NaN, and bytes that no kernel writes (-128, e4m3's NaN) for codes."""
-    wholes: list[tuple[Tensor, Tensor]] = []
-    plain = torch.empty
-
-    def empty(*args, **options) -> Tensor:
-        inner = plain(*args, **options)
-        if isinstance(inner, FakeTensor):
-            return inner
-        if inner.element_size() == 1:
-            byte = -128 if inner.dtype == torch.int8 else 0x7F
-            whole = torch.full((inner.numel() + 128,), byte, dtype=torch.int8, device=inner.device)
-        elif inner.is_floating_point():
-            whole = torch.full((inner.numel() + 128,), float("nan"), dtype=inner.dtype, device=inner.device)
-        else:
-            return inner
-        wholes.append((whole, whole.clone()))
-        return whole[64 : 64 + inner.numel()].view(inner.dtype).view(inner.shape)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
-    for whole, before in wholes:
-        for margin in (slice(0, 64), slice(-64, None)):
-            torch.testing.assert_close(whole[margin], before[margin], rtol=0, atol=0, equal_nan=True)
-
-
-def fenced(codes: Tensor) -> Tensor:
-    """The same codes between margins of the largest byte."""
-    whole = torch.full((codes.numel() + 128,), 0x7F, dtype=torch.int8, device=codes.device)
-    middle = whole[64 : 64 + codes.numel()].view(codes.dtype).view(codes.shape)
-    return middle.copy_(codes)
-
-
-def quantised(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the kernel computes, in the same order in fp32 torch."""
-    x = x.float() if factor is None else x.float() * factor
-    most = x.abs().amax(1)
-    scale = torch.where(most > 0, (most / LARGEST[dtype]).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-    scale = torch.where(most < torch.inf, scale, torch.nan)
-    v = x * (1 / scale)[:, None]
-    return v.round().to(dtype) if dtype == torch.int8 else v.to(dtype), scale
-
-
-def grid(dtype: torch.dtype) -> Tensor:
-    """Every number that a code stands for, in fp64."""
-    every = torch.arange(-127, 128, dtype=torch.int8) if dtype == torch.int8 else torch.arange(256, dtype=torch.uint8)
-    numbers = every.double() if dtype == torch.int8 else every.view(dtype).double()
-    return numbers[numbers.isfinite()].to(DEVICE)
-
-
-@pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("M", "K", "factored"), [(1, 1, False), (3, 17, True), (37, 129, True), (5, 200, False)])
-def test_every_code_is_the_nearest_and_has_the_bits_of_torch(M, K, factored, dtype, codes):
-    torch.manual_seed(0)
-    x = guarded((torch.randn(M, K, device=DEVICE) * torch.logspace(-4, 4, M, device=DEVICE)[:, None]).to(dtype))
-    factor = guarded(torch.rand(K, device=DEVICE) + 0.1) if factored else None
-    before = x.clone()
-    got, scale = LAUNCH[codes](x, factor)
-    wanted, wanted_scale = quantised(x, factor, codes)
-    assert (got.dtype, scale.dtype, got.shape) == (codes, torch.float32, x.shape)
-    assert torch.equal(scale, wanted_scale)
-    assert torch.equal(got.view(torch.int8), wanted.view(torch.int8))
-    assert torch.equal(x, before)
-
-    v = (x.double() if factor is None else x.double() * factor.double()) / scale.double()[:, None]
-    error = (v - got.double()).abs()
-    least = (v[..., None] - grid(codes)).abs().amin(-1)
-    assert (error <= least + 1e-6 * v.abs() + 1e-9).all()
-    assert torch.equal(got.double().abs().amax(1), torch.full((M,), LARGEST[codes], device=DEVICE).double())
-
-
-@pytest.mark.parametrize(
-    ("codes", "values", "wanted"),
-    [
-        (torch.int8, [127, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5], [127, 0, 2, 2, 0, -2, 126]),
-        (
-            torch.float8_e4m3fn,
-            [448, 17, 19, -17, 240 + 16, 248, 3 * 2**-10, 2**-10, -(2**-9), 31 * 2**-11, 15.5],
-            [448, 16, 20, -16, 256, 256, 2**-8, 0, -(2**-9), 2**-6, 16],
-        ),
-    ],
-    ids=["int8", "fp8"],
-)
-def test_ties_go_to_even(codes, values, wanted):
-    """The largest value makes the scale 1."""
-    if DEVICE == "cuda" and codes != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no fp8 units")
-    got, scale = LAUNCH[codes](torch.tensor([values], device=DEVICE, dtype=torch.float32))
-    assert scale.item() == 1
-    assert got[0].double().tolist() == wanted
-
-
-@pytest.mark.parametrize("codes", CODES)
-def test_rows_of_zeros_of_nothing_and_of_too_much(codes):
-    rows = [[0.0, -0.0, 0.0], [1e-45, -1e-40, 0.0], [3e38, -3.4e38, 1.0], [1.0, float("nan"), 2.0]]
-    rows += [[1.0, float("inf"), 2.0], [1.0, -float("inf"), float("nan")], [1e-37, -1e-38, 0.0]]
-    x = torch.tensor(rows, device=DEVICE)
-    got, scale = LAUNCH[codes](x)
-    assert scale[0] == 1
-    assert (got[0].double() == 0).all()
-    assert scale[3:6].isnan().all(), "what is no number gives none"
-    back = got.double() * scale.double()[:, None]
-    for row in (1, 2, 6):
-        assert scale[row].isfinite()
-        assert (back[row] - x[row].double()).abs().max() <= max(0.04 * x[row].abs().max().item(), 2.0**-126)
-
-
-@pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("factored", [False, True])
-def test_long_rows_give_the_same_bits_as_one_block(codes, factored, monkeypatch):
-    torch.manual_seed(0)
-    x = guarded(torch.randn(5, 150, device=DEVICE))
-    x[2, 149] = float("nan")
-    factor = guarded(torch.rand(150, device=DEVICE)) if factored else None
-    whole = LAUNCH[codes](x, factor)
-    loop = {"WHOLE": False, "ROWS": 2, "COLUMNS": 64, "num_warps": 1}
-    monkeypatch.setattr(_quantise, "quantise_tile", lambda features: loop)
-    pieces = LAUNCH[codes](x, factor)
-    keep = torch.tensor([0, 1, 3, 4], device=DEVICE)
-    assert torch.equal(pieces[0].view(torch.int8)[keep], whole[0].view(torch.int8)[keep])
-    torch.testing.assert_close(pieces[1], whole[1], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("widths", [(7,), (16, 33), (48, 5, 100), (3, 1, 2, 4)], ids=str)
-@pytest.mark.parametrize("whole", [True, False], ids=["one block", "loop"])
-def test_parts_have_the_codes_of_their_concatenation(widths, whole, codes, monkeypatch):
-    if not whole:
-        loop = {"WHOLE": False, "ROWS": 2, "COLUMNS": 64, "num_warps": 1}
-        monkeypatch.setattr(_quantise, "quantise_tile", lambda features: loop)
-    torch.manual_seed(0)
-    parts = [guarded(torch.randn(5, width, device=DEVICE).to(torch.bfloat16)) for width in widths]
-    parts[-1][3] = -0.0
-    factor = guarded(torch.rand(sum(widths), device=DEVICE))
-    launch = int8_gemm.launch_quantise_parts if codes == torch.int8 else fp8_gemm.launch_quantise_parts
-    got, scale = launch(parts, factor)
-    wanted, wanted_scale = quantised(torch.cat(parts, 1), factor, codes)
-    assert torch.equal(scale, wanted_scale)
-    assert torch.equal(got.view(torch.int8), wanted.view(torch.int8))
-
-
-@pytest.mark.parametrize(("features", "whole"), [(1, True), (4096, True), (28672, True), (32769, False)])
-def test_the_widest_mlp_is_read_once(features, whole):
-    tile = _quantise.quantise_tile(features)
-    assert tile["WHOLE"] is whole
-    assert not whole or tile["COLUMNS"] >= features
-
-
-@pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 131), (200, 17), (128, 129), (0, 4)], ids=str)
-def test_turned_codes_are_the_transpose(shape, codes):
-    torch.manual_seed(0)
-    w = fenced(torch.randint(-128, 128, shape, device=DEVICE).to(torch.int8).view(codes))
-    out = turned(w)
-    assert out.is_contiguous()
-    assert torch.equal(out.view(torch.int8), w.view(torch.int8).t())
 
 
 @dataclass
@@ -290,7 +120,7 @@ def test_both_products_in_both_layouts_against_truth(size, dtype, codes, monkeyp
                 SCALE, dtype,
             )  # fmt: skip
             check(ours, *(forward(q, *kinds, bias, low) for kinds in ((torch.float64,) * 2, (torch.float32, dtype))))
-    for rows, W in ((1, q.W), (10**9, q.W), (10**9, turned_back)):
+    for rows, W in ((1, q.W), (1, turned_back), (10**9, q.W), (10**9, turned_back)):
         monkeypatch.setattr(_eight_bit_gemm, "TURNED_ROWS", rows)
         for factor, low in ((True, True), (False, True), (True, False)):
             ours = launch_product_back(
@@ -304,7 +134,7 @@ def test_both_products_in_both_layouts_against_truth(size, dtype, codes, monkeyp
 
 
 def test_wide_adapters_under_a_narrow_product():
-    """fp32 A and B beside bf16 outputs: added in fp32, rounded once."""
+    """fp32 A and B beside bf16 outputs: added in fp32 to what the product was rounded to, as peft does."""
     q = problem(SIZES[1], torch.float32, torch.int8)
     ours = launch_product(q.x, q.x_scale, q.W, q.w_scale, None, q.S, q.B, SCALE, torch.bfloat16)
     truth = forward(q, torch.float64, torch.float64, False, True)
@@ -442,12 +272,21 @@ def test_more_products_than_an_int32_holds_are_refused():
         launch_product(x, one, x, one, None, None, None, 1.0, torch.float32)
 
 
-@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+@pytest.mark.parametrize(("codes", "arch", "least"), [(torch.int8, 75, 80), (torch.float8_e4m3fn, 86, 89)], ids=str)
+def test_a_card_on_which_triton_lacks_the_units_is_refused(codes, arch, least, monkeypatch):
+    monkeypatch.setattr(_eight_bit_gemm, "architecture", lambda device: arch)
+    monkeypatch.setattr(_eight_bit_gemm, "interpreted", lambda: False)
+    x, one = torch.zeros(1, 16, device=DEVICE).to(codes), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match=f"{codes} from sm_{least} on, got sm_{arch}. Use backend='torch'"):
+        launch_product(x, one, x, one, None, None, None, 1.0, torch.float32)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("M", [1, 64, 512, 8192])
 @pytest.mark.parametrize("kind", [{}, {"exact": True}, {"dropout": True}], ids=str)
 def test_tiles_fit_shared_memory(arch, M, kind):
     tile = _eight_bit_gemm.product_tile(M, 4096, arch, **kind)
-    limit = {80: 163, 86: 99, 89: 99, 90: 227}[arch] << 10
+    limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) << 10
     assert (tile.rows + tile.columns) * tile.depth * tile.num_stages <= limit
 
 

@@ -13,6 +13,8 @@ from peft_kernels import _lora_ops as ops
 from peft_kernels import _passes as passes
 from peft_kernels.dropout import dropped, keep_mask, keep_rate
 from peft_kernels.glu import glu
+from peft_kernels.recompute import recipe_of
+from peft_kernels.rms_norm import rms_norm, rms_norm_reference
 
 ROWS = (1, 2, 15, 17, 129)
 FEATURES = (1, 7, 16, 33, 64, 100, 577)
@@ -106,12 +108,13 @@ def test_rescale_has_the_bits_of_plain_torch(rows: int, features: int, scaled: b
 def test_rescale_with_a_low_rank_term(rows: int, features: int, rank: int) -> None:
     products = torch.randint(-9999, 9999, (rows, features), dtype=torch.int32)
     row_scale, column_scale, bias = random(rows).abs() / 99, random(features, seed=1).abs(), random(features, seed=2)
-    low, up = random(rows, rank + 5, seed=3)[:, 2 : 2 + rank], random(rank, features, seed=4)
+    low, up = random(rows, rank + 5, seed=3)[:, 2 : 2 + rank], random(features, rank, seed=4)
     for b in (None, bias):
-        got = passes.rescale(products, row_scale, column_scale, b, torch.float32, low, up)
-        truth = products.double() * row_scale.double().unsqueeze(1) * column_scale.double() + low.double() @ up.double()
+        got = passes.rescale(products, row_scale, column_scale, b, torch.float32, low, up, 0.75)
+        added = 0.75 * low.double() @ up.double().t()
+        truth = products.double() * row_scale.double().unsqueeze(1) * column_scale.double() + added
         truth = truth if b is None else truth + b.double()
-        bound = 1e-6 * (1 + truth.abs() + low.double().abs() @ up.double().abs())
+        bound = 1e-6 * (1 + truth.abs() + low.double().abs() @ up.double().abs().t())
         assert ((got.double() - truth).abs() <= bound).all()
 
 
@@ -269,3 +272,28 @@ def test_the_rate_of_dropped_elements_holds_in_every_column() -> None:
     for p in (0.05, 0.3):
         kept = keep_mask(x, p, seeds, 1, backend="torch", passes=True).double().mean((0, 1))
         assert (kept - (1 - p)).abs().max() < 5 * (p * (1 - p) / 20000) ** 0.5
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 9, 64), (4, 577)])
+def test_rms_norm_errs_by_a_few_ulps(shape: tuple[int, ...], offset: float) -> None:
+    """Forward, what its recipe makes again, and backward, on rows that lie apart; against float64."""
+    wide = random(*shape[:-1], shape[-1] + 3) * 3
+    x, weight, dy = wide[..., : shape[-1]].requires_grad_(), random(shape[-1], seed=1), random(*shape, seed=2)
+    residual = random(*shape, seed=3)
+    for given in ({}, {"residual": residual}):
+        got = rms_norm(x, weight, 1e-5, offset=offset, passes=True, **given)
+        y, h = got if given else (got, x)
+        source = (x.detach() + residual if given else x.detach()).double().requires_grad_()
+        want = rms_norm_reference(source, weight.double(), 1e-5, offset)
+        ends = [(y, dy), (h, dy)] if given else [(y, dy)]
+        (dx,) = torch.autograd.grad([end for end, _ in ends], x, [one for _, one in ends], retain_graph=True)
+        (want_dx,) = torch.autograd.grad(want, source, dy.double())
+        want_dx = want_dx + dy if given else want_dx
+        size = 4 * torch.finfo(torch.float32).eps
+        assert ((y.double() - want).abs() <= size * want.abs()).all()
+        # terms that cancel in dx are as large as the largest of its row, times 1/rms
+        assert ((dx.double() - want_dx).abs() <= 2 * size * want_dx.abs().amax(-1, keepdim=True).clamp_min(1)).all()
+        recipe = recipe_of(y)
+        assert recipe is not None
+        assert torch.equal(recipe.make(*recipe.inputs), y)

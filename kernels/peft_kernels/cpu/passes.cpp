@@ -8,9 +8,6 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #define API extern "C" __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -20,9 +17,6 @@ namespace {
 constexpr float ROUND = 12582912.0f;  // 1.5·2²³: a number below 2²² added to it loses its fraction, half to even
 constexpr float LEAST = 0x1p-126f;    // scales from here on: the inverse of a smaller one would overflow
 constexpr int64_t WIDE = 16;
-
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
 
 INLINE int32_t bits(float v) { return __builtin_bit_cast(int32_t, v); }
 INLINE float as_float(int32_t v) { return __builtin_bit_cast(float, v); }
@@ -122,102 +116,6 @@ API void rescale(const int32_t* products, int64_t products_stride, int64_t rows,
   }
 }
 
-namespace {
-
-INLINE vec load(const float* p) {
-  vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
-INLINE vec fused(vec a, float b, vec c) {
-#if defined(__AVX512F__)
-  return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
-#else
-  return a * b + c;
-#endif
-}
-INLINE vec load_products(const int32_t* p) {
-  ivec v;
-  memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, vec);
-}
-
-constexpr int ROWS = 6, VECS = 4;  // a tile of 24 registers of 16 numbers
-
-struct Tile {
-  const int32_t* products;
-  int64_t products_stride;
-  const float* row_scale;
-  const float* column_scale;  // not null
-  const float* bias;          // or null
-  const float* low;
-  int64_t low_stride, rank;
-  const float* up;  // (rank, n)
-  int64_t up_stride;
-  float* y;
-  int64_t y_stride;
-};
-
-// One tile of y = products·row_scale ⊙ column_scale + bias + low·up, the last sum with fused multiply-adds.
-template <int R, int V>
-void tile(const Tile& t, int64_t i, int64_t j) {
-  vec sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = vec{};
-  for (int64_t k = 0; k < t.rank; ++k) {
-    vec up[V];
-    for (int v = 0; v < V; ++v) up[v] = load(t.up + k * t.up_stride + j + v * WIDE);
-    for (int r = 0; r < R; ++r) {
-      const float low = t.low[(i + r) * t.low_stride + k];
-      for (int v = 0; v < V; ++v) sum[r][v] = fused(up[v], low, sum[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      const int64_t c = j + v * WIDE;
-      vec out = load_products(t.products + (i + r) * t.products_stride + c) * t.row_scale[i + r];
-      out = out * load(t.column_scale + c);
-      if (t.bias) out += load(t.bias + c);
-      store(t.y + (i + r) * t.y_stride + c, out + sum[r][v]);
-    }
-}
-
-void single(const Tile& t, int64_t i, int64_t j) {
-  float sum = 0.0f;
-  for (int64_t k = 0; k < t.rank; ++k) sum = __builtin_fmaf(t.low[i * t.low_stride + k], t.up[k * t.up_stride + j], sum);
-  float out = (float)t.products[i * t.products_stride + j] * t.row_scale[i] * t.column_scale[j];
-  if (t.bias) out += t.bias[j];
-  t.y[i * t.y_stride + j] = out + sum;
-}
-
-template <int R>
-void tile_rows(const Tile& t, int64_t i, int64_t n) {
-  int64_t j = 0;
-  for (; j + VECS * WIDE <= n; j += VECS * WIDE) tile<R, VECS>(t, i, j);
-  for (; j + WIDE <= n; j += WIDE) tile<R, 1>(t, i, j);
-  for (; j < n; ++j)
-    for (int r = 0; r < R; ++r) single(t, i + r, j);
-}
-
-}  // namespace
-
-// y = products·row_scale ⊙ column_scale + bias + low·up, with low (rows, rank) and up (rank, n).
-API void rescale_with_update(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n,
-                             const float* row_scale, const float* column_scale, const float* bias, const float* low,
-                             int64_t low_stride, int64_t rank, const float* up, int64_t up_stride, float* y,
-                             int64_t y_stride, int threads) {
-  const Tile t{products, products_stride, row_scale, column_scale, bias, low, low_stride, rank, up, up_stride, y, y_stride};
-  const int64_t blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * ROWS;
-    if (first + ROWS <= rows) tile_rows<ROWS>(t, first, n);
-    else
-      for (int64_t i = first; i < rows; ++i) tile_rows<1>(t, i, n);
-  }
-}
-
 // h = silu(gate) ⊙ up.
 API void swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t rows, int64_t n,
                 float* h, int threads) {
@@ -241,6 +139,45 @@ API void swiglu_back(const float* dh, int64_t dh_stride, const float* gate, int6
       to_up[k] = d[k] * (g[k] * s);
       to_gate[k] = d[k] * u[k] * (s * (1.0f + g[k] * (1.0f - s)));
     }
+  }
+}
+
+// y = x·rstd ⊙ weight. With eps ≥ 0 rstd = 1/√(mean(x²) + eps) is made first, else it is given.
+API void rms_norm(const float* x, int64_t x_stride, const float* weight, int64_t rows, int64_t n, float eps, float* rstd,
+                  float* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = x + i * x_stride;
+    float* to = y + i * n;
+    if (eps >= 0.0f) {
+      float lanes[WIDE] = {}, sum = 0.0f;
+      int64_t k = 0;
+      for (; k + WIDE <= n; k += WIDE)
+        for (int64_t l = 0; l < WIDE; ++l) lanes[l] += from[k + l] * from[k + l];
+      for (; k < n; ++k) sum += from[k] * from[k];
+      for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+      rstd[i] = 1.0f / __builtin_sqrtf(sum / (float)n + eps);
+    }
+    const float s = rstd[i];
+    for (int64_t k = 0; k < n; ++k) to[k] = from[k] * s * weight[k];
+  }
+}
+
+// dx = rstd·t - x·rstd³·mean(t ⊙ x), t = dy ⊙ weight.
+API void rms_norm_back(const float* dy, int64_t dy_stride, const float* x, int64_t x_stride, const float* rstd,
+                       const float* weight, int64_t rows, int64_t n, float* dx, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const float *g = dy + i * dy_stride, *from = x + i * x_stride;
+    float* to = dx + i * n;
+    float lanes[WIDE] = {}, sum = 0.0f;
+    int64_t k = 0;
+    for (; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] += g[k + l] * weight[k + l] * from[k + l];
+    for (; k < n; ++k) sum += g[k] * weight[k] * from[k];
+    for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+    const float s = rstd[i], share = s * s * (sum / (float)n);
+    for (k = 0; k < n; ++k) to[k] = s * (g[k] * weight[k] - from[k] * share);
   }
 }
 
@@ -291,8 +228,9 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
           int64_t r = 0;
           for (; r + WIDE <= rank; r += WIDE)
             for (int64_t l = 0; l < WIDE; ++l) lanes[l] += low[r + l] * from[r + l];
-          float sum = 0.0f;
-          for (int64_t l = 0; l < WIDE; ++l) sum += lanes[l];
+          for (int64_t half = WIDE / 2; half > 0; half /= 2)
+            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+          float sum = lanes[0];
           for (; r < rank; ++r) sum += low[r] * from[r];
           dx[i * dx_stride + k] -= sum;
         }
@@ -301,44 +239,44 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
   }
 }
 
-// y += products·row_scale.
+// y = y·shrink + products·row_scale.
 API void rescale_add(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n, const float* row_scale,
-                     float* y, int64_t y_stride, int threads) {
+                     const float* shrink, float* y, int64_t y_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < rows; ++i) {
     const int32_t* from = products + i * products_stride;
     float* to = y + i * y_stride;
-    const float s = row_scale[i];
-    for (int64_t j = 0; j < n; ++j) to[j] += (float)from[j] * s;
+    const float s = row_scale[i], by = shrink[i];
+    for (int64_t j = 0; j < n; ++j) to[j] = to[j] * by + (float)from[j] * s;
   }
 }
 
-// Softmax of logits z = products·row_scale ⊙ column_scale: tops[i] = max z, totals[i] = Σ e^(z - top), chosen[i] =
-// z[target] (0 where target is negative). With codes, e^(z - top) ⊙ column_scale without the target's is rounded to
-// int8 in blocks of columns with a scale for each row and block: codes (blocks, rows, block), scales (blocks, rows), the
-// last block filled up with zeros. `scratch` holds a row for each thread. Rows whose scale is NaN give NaN.
-API void softmax_codes(const int32_t* products, int64_t rows, int64_t n, const float* row_scale,
+// One block of columns of a softmax over logits z = products·row_scale ⊙ column_scale. tops and totals, max z and
+// Σ e^(z - top) of the blocks before, take this one in; shrink[i] = e^(top before - top); chosen[i] = z[target] where the
+// target lies in this block. With codes, e^(z - top) ⊙ column_scale without the target's is rounded to int8, with a scale
+// for each row. `scratch` holds a row for each thread. Rows whose scale is NaN give NaN.
+API void softmax_block(const int32_t* products, int64_t rows, int64_t n, const float* row_scale,
                        const float* column_scale, const int64_t* targets, float* tops, float* totals, float* chosen,
-                       int64_t block, int8_t* codes, float* scales, float* scratch, int threads) {
-  const int64_t blocks = (n + block - 1) / block;
+                       float* shrink, int8_t* codes, float* scales, float* scratch, int threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int t = 0; t < threads; ++t) {
     float* z = scratch + t * n;
     for (int64_t i = rows * t / threads; i < rows * (t + 1) / threads; ++i) {
       const int32_t* from = products + i * n;
-      const float s = row_scale[i];
+      const float s = row_scale[i], before = tops[i];
       const int64_t target = targets[i];
+      const bool here = target >= 0 && target < n;
       if (s != s) {
-        tops[i] = totals[i] = s;
-        chosen[i] = target < 0 ? 0.0f : s;
-        for (int64_t b = 0; codes && b < blocks; ++b) {
-          memset(codes + (b * rows + i) * block, 0, (size_t)block);
-          scales[b * rows + i] = s;
+        tops[i] = totals[i] = shrink[i] = s;
+        if (here) chosen[i] = s;
+        if (codes) {
+          memset(codes + i * n, 0, (size_t)n);
+          scales[i] = s;
         }
         continue;
       }
       float lanes[WIDE];
-      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = -__builtin_inff();
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = before;
       int64_t j = 0;
       for (; j + WIDE <= n; j += WIDE)
         for (int64_t l = 0; l < WIDE; ++l) {
@@ -352,45 +290,39 @@ API void softmax_codes(const int32_t* products, int64_t rows, int64_t n, const f
         z[j] = (float)from[j] * s * column_scale[j];
         top = z[j] > top ? z[j] : top;
       }
-      tops[i] = top;
-      chosen[i] = target < 0 ? 0.0f : z[target];
-      float sums[WIDE] = {};
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = b * block, last = first + block < n ? first + block : n;
-        float most[WIDE] = {};
-        j = first;
-        for (; j + WIDE <= last; j += WIDE)
-          for (int64_t l = 0; l < WIDE; ++l) {
-            const float e = exp_of(z[j + l] - top);
-            sums[l] += e;
-            const float g = e * column_scale[j + l];
-            z[j + l] = g;
-            most[l] = g > most[l] ? g : most[l];
-          }
-        for (; j < last; ++j) {
-          const float e = exp_of(z[j] - top);
-          sums[0] += e;
-          z[j] = e * column_scale[j];
-          most[0] = z[j] > most[0] ? z[j] : most[0];
+      if (here) chosen[i] = z[target];
+      float sums[WIDE] = {}, most[WIDE] = {};
+      for (j = 0; j + WIDE <= n; j += WIDE)
+        for (int64_t l = 0; l < WIDE; ++l) {
+          const float e = exp_of(z[j + l] - top);
+          sums[l] += e;
+          const float g = e * column_scale[j + l];
+          z[j + l] = g;
+          most[l] = g > most[l] ? g : most[l];
         }
-        if (!codes) continue;
-        float largest = 0.0f;
-        if (first <= target && target < last) {
-          z[target] = 0.0f;
-          for (j = first; j < last; ++j) largest = z[j] > largest ? z[j] : largest;
-        } else {
-          for (int64_t l = 0; l < WIDE; ++l) largest = most[l] > largest ? most[l] : largest;
-        }
-        float scale = largest / 127.0f;
-        scale = largest == 0.0f ? 1.0f : scale < LEAST ? LEAST : scale;
-        scales[b * rows + i] = scale;
-        int8_t* out = codes + (b * rows + i) * block;
-        round_row<false>(z + first, nullptr, 1.0f / scale, out, last - first);
-        if (last - first < block) memset(out + (last - first), 0, (size_t)(block - (last - first)));
+      float total = 0.0f, largest = 0.0f;
+      for (; j < n; ++j) {
+        const float e = exp_of(z[j] - top);
+        total += e;
+        z[j] = e * column_scale[j];
+        largest = z[j] > largest ? z[j] : largest;
       }
-      float total = 0.0f;
       for (int64_t l = 0; l < WIDE; ++l) total += sums[l];
-      totals[i] = total;
+      const float by = exp_of(before - top);
+      tops[i] = top;
+      shrink[i] = by;
+      totals[i] = totals[i] * by + total;
+      if (!codes) continue;
+      if (here) {
+        z[target] = largest = 0.0f;
+        for (j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
+      } else {
+        for (int64_t l = 0; l < WIDE; ++l) largest = most[l] > largest ? most[l] : largest;
+      }
+      float scale = largest / 127.0f;
+      scale = largest == 0.0f ? 1.0f : scale < LEAST ? LEAST : scale;
+      scales[i] = scale;
+      round_row<false>(z, nullptr, 1.0f / scale, codes + i * n, n);
     }
   }
 }
@@ -440,7 +372,8 @@ API void draw_places(const int32_t* words, int64_t samples, int64_t draws, int64
         float u = (float)from[d + c] * 0x1p-32f + 0.5f;
         u = u < 0x1p-26f ? 0x1p-26f : u;
         u = u < 0.99999994f ? u : 0.99999994f;
-        gaps[c] = (int32_t)(log_of(u) * inverse);
+        const float gap = log_of(u) * inverse;
+        gaps[c] = (int32_t)(gap < 2e9f ? gap : 2e9f);
       }
       for (int64_t c = 0; c < count; ++c) {
         place += gaps[c] + 1;

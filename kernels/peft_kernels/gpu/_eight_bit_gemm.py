@@ -10,13 +10,13 @@ Bytes moved: the GEMM's own, MD + DN + 2MN, and 2r(M + N): rescaling and the low
 a twentieth of the GEMM's time at 8192 rows. Below, the kernel gathers its bytes itself.
 
 On Hopper, operands whose rows begin at multiples of 16 bytes are loaded through TMA descriptors. Its fp8 units add up
-in fewer bits than fp32 holds; with `exact`, every `DEPTH` products are added to a sum in fp32.
+in 14 bits; with `exact`, every `DEPTH` products are added to a sum in fp32. Backward does that, forward does not, as is
+torchao's default too.
 """
 
 # mypy: allow-untyped-defs
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -27,33 +27,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._launch import interpreted
 from ._cases import Case
 from ._philox import UNSPECIALISED, keep_tile, mask_arguments, scale_of
-from ._quantise import turned
+from ._quantise import architecture, turned
 from .lora_backward import launch_dx
 from .lora_forward import GROUP, MASK_SIGNATURE, Tile, add_low_rank, block_of, rank_block
 
 TURNED_ROWS = 256
 DEEPEST = (2**31 - 1) // 127**2  # products that an int32 is sure to hold
 MULTIPROCESSORS = 132  # of an H100
-
-
-@cache
-def architecture(device: torch.device) -> int:
-    """80 for sm_80; that too where kernels are interpreted."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+LEAST = {torch.int8: 80, torch.float8_e4m3fn: 89}  # the first card on which Triton multiplies such codes
 
 
 def product_tile(M: int, N: int, arch: int, *, exact: bool = False, dropout: bool = False) -> Tile:
-    """What shared memory and registers allow: 163 KiB on sm_80, 99 on sm_86 and sm_89, 227 on sm_90.
+    """What shared memory and registers allow: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on all others.
 
     exact: fp8 with a second accumulator; dropout: a mask and a second accumulator behind the loop.
     """
+    depth = 128 if arch in (80, 90, 100) else 64
     if M <= 64:
-        return Tile(rows=64, columns=128, depth=128 if arch in (80, 90) else 64, num_warps=4, num_stages=3)
-    if arch < 90:
-        return Tile(rows=128, columns=128, depth=128 if arch == 80 else 64, num_warps=8, num_stages=3)
+        return Tile(rows=64, columns=128, depth=depth, num_warps=4, num_stages=3)
+    if arch != 90:  # Triton 3.7 multiplies int8 on sm_100 as on sm_80, and spills in wider tiles
+        return Tile(rows=128, columns=128, depth=depth, num_warps=8, num_stages=3)
     if exact or dropout or triton.cdiv(M, 128) * triton.cdiv(N, 256) < MULTIPROCESSORS:
         return Tile(rows=128, columns=128, depth=128, num_warps=8, num_stages=4)
     return Tile(rows=128, columns=256, depth=128, num_warps=8, num_stages=4)
@@ -245,6 +238,11 @@ def _product(
 ) -> Tensor:
     assert left.dtype == right.dtype, f"codes must be of one dtype, got {left.dtype} and {right.dtype}"
     assert left.is_contiguous()
+    arch = architecture(left.device)
+    if arch < LEAST[left.dtype] and not interpreted():
+        raise ValueError(
+            f"Triton multiplies {left.dtype} from sm_{LEAST[left.dtype]} on, got sm_{arch}. Use backend='torch'."
+        )
     if left.dtype == torch.int8 and left.shape[1] > DEEPEST:
         raise ValueError(f"An int32 holds {DEEPEST} products of int8, got {left.shape[1]}. Leave this layer full.")
     y = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
@@ -252,9 +250,7 @@ def _product(
         return y
     if low_rank is None or not low_rank.low.shape[1] or not low_rank.scale:
         _run(left, right, row_scale, column_scale, bias, None, y, how)
-    elif (
-        low_rank.low.dtype == torch.float32
-    ):  # no tensor core multiplies fp32: as scalar code it would hold up the rest
+    elif low_rank.low.element_size() > 2:  # no tensor core multiplies fp32: as scalar code it would hold up the rest
         _run(left, right, row_scale, column_scale, bias, None, y, how)
         low_rank.add_into(y)
     else:
@@ -286,7 +282,7 @@ def _run(
     tile = how.tile or product_tile(M, N, arch, exact=exact, dropout=mask["DROPOUT"])
     descriptors = how.descriptors
     if descriptors is None:
-        there = D % 16 == 0 and not (left.data_ptr() | right.data_ptr()) % 16
+        there = D > 0 and D % 16 == 0 and not (left.data_ptr() | right.data_ptr()) % 16
         descriptors = arch >= 90 and right_transposed and there
     _product_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         TensorDescriptor.from_tensor(left, [tile.rows, tile.depth]) if descriptors else left,
@@ -307,11 +303,13 @@ def product_cases(dtype: torch.dtype, name: str, unit: dict[int, str]) -> Iterat
     # form → (RIGHT_TRANSPOSED, UP_TRANSPOSED, COLUMN_SCALE, BIAS, LOW, DROPOUT, exact), at the size that it is seen at
     forms = {
         "forward": ((True, True, True, True, True, False, False), wide),
+        "forward r32": ((True, True, True, True, True, False, False), wide),
         "forward few rows": ((True, True, True, False, True, False, False), {"M": 512, "N": 1024}),
         "forward 64 rows": ((True, True, True, False, True, False, False), {"M": 64, "N": 4096}),
         "forward plain": ((True, False, True, False, False, False, False), wide),
         "back": ((True, False, True, False, True, False, False), wide),
         "back dropout": ((True, False, False, False, True, True, False), wide),
+        "back dropout r32": ((True, False, False, False, True, True, False), wide),
         "back gathered": ((False, False, False, False, True, True, False), {"M": 255, "N": 4096}),
     }
     if not integer:
@@ -337,7 +335,8 @@ def product_cases(dtype: torch.dtype, name: str, unit: dict[int, str]) -> Iterat
                         **dict.fromkeys(("M", "N", "D", "r"), "i32"), **MASK_SIGNATURE, "scale": "fp32",
                     },
                     constants={
-                        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "RANK": 16, "GROUP": GROUP,
+                        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
+                        "RANK": 32 if "r32" in form else 16, "GROUP": GROUP,
                         "INTEGER": integer, "EXACT": exact, "DESCRIPTORS": descriptors,
                         "RIGHT_TRANSPOSED": right_transposed, "UP_TRANSPOSED": up_transposed,
                         "COLUMN_SCALE": column_scale, "BIAS": bias, "LOW": low, "DROPOUT": dropout, "INTERPRET": False,

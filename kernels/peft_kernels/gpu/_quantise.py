@@ -9,6 +9,7 @@ In this order and without fused multiply-adds, so that the bits are those of the
 
 # mypy: allow-untyped-defs
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,22 +17,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import interpreted
 from ._cases import Case
 from ._rows import LOOP, TILES
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Width of the block → rows per program, warps: up to 32 values a thread, so that the widest MLP's rows are read once.
-WIDE_TILES = {**TILES, 16384: (1, 16), 32768: (1, 32)}
+# Width of the block → rows per program, warps: up to 32 values a thread. Wider ones spill.
+WIDE_TILES = {**TILES, 16384: (1, 16)}
 WIDEST = max(WIDE_TILES)
+LOOP_WARPS = 16  # with 8, sm_90 keeps 24 bytes of a loop over fp32 rows in memory
 SIDE = 128
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """80 for sm_80; that too where kernels are interpreted."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on_grid(dtype: torch.dtype, arch: int) -> bool:
+    """Whether codes are rounded before they are converted: before Hopper, Triton makes e4m3 of fp16, cut off from fp32;
+    its interpreter rounds halves up and carries nothing into the exponent."""
+    return dtype == torch.float8_e4m3fn and arch < 90
 
 
 def quantise_tile(features: int) -> dict[str, Any]:
     """Launch constants for rows of so many features."""
     whole = features <= WIDEST
     width = max(min(WIDE_TILES), triton.next_power_of_2(features)) if whole else LOOP
-    rows, warps = WIDE_TILES[width]
+    rows, warps = WIDE_TILES[width] if whole else (1, LOOP_WARPS)
     return {"WHOLE": whole, "ROWS": rows, "COLUMNS": width, "num_warps": warps}
 
 
@@ -68,16 +84,17 @@ def _on_grid(v):
     bits = v.to(tl.int32, bitcast=True)
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
     small = (v + 24576.0) - 24576.0  # 1.5·2^14, whose last bit is 2^-9
-    return tl.where(tl.abs(v) < 0.015625, small, normal.to(tl.float32, bitcast=True))
+    small = small.to(tl.int32, bitcast=True) | (bits & -0x80000000)  # zero keeps its sign
+    return tl.where(tl.abs(v) < 0.015625, small, normal).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _code(v, INTEGER: tl.constexpr, INTERPRET: tl.constexpr):
+def _code(v, INTEGER: tl.constexpr, ON_GRID: tl.constexpr):
     if INTEGER:
         # 1.5·2^23, whose last bit is 1: the sum ends in the nearest integer's two's complement
         return (v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        if INTERPRET:  # which rounds halves up and carries nothing into the exponent
+        if ON_GRID:
             v = _on_grid(v)
         return v.to(tl.float8e4nv)
 
@@ -101,7 +118,7 @@ def _quantise_kernel(
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    ON_GRID: tl.constexpr,
 ):
     first = tl.program_id(0) * ROWS
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -129,13 +146,13 @@ def _quantise_kernel(
     tl.store(row_scale_ptr + rows, scale, mask=live)
     if WHOLE:
         inside = live[:, None] & (columns < K)[None, :]
-        tl.store(codes_ptr + rows[:, None] * K + columns[None, :], _code(x * inverse, INTEGER, INTERPRET), mask=inside)
+        tl.store(codes_ptr + rows[:, None] * K + columns[None, :], _code(x * inverse, INTEGER, ON_GRID), mask=inside)
     else:
         for start in range(0, K, COLUMNS):
             x = _factored(x_ptr, y_ptr, z_ptr, factor_ptr, rows, start + columns, live, KX, KY, KZ, PARTS, FACTOR)
             inside = live[:, None] & (start + columns < K)[None, :]
             places = codes_ptr + rows[:, None] * K + start + columns[None, :]
-            tl.store(places, _code(x * inverse, INTEGER, INTERPRET), mask=inside)
+            tl.store(places, _code(x * inverse, INTEGER, ON_GRID), mask=inside)
 
 
 def quantise_parts(parts: Sequence[Tensor], factor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -160,7 +177,7 @@ def quantise_parts(parts: Sequence[Tensor], factor: Tensor | None, dtype: torch.
     _quantise_kernel[(triton.cdiv(M, constants["ROWS"]),)](
         x, y, z, first if factor is None else factor, codes, row_scale, M=M, KX=KX, KY=KY, KZ=KZ,
         LARGEST=LARGEST[dtype], INTEGER=dtype == torch.int8, PARTS=len(parts), FACTOR=factor is not None,
-        INTERPRET=interpreted(), enable_fp_fusion=False, **constants,
+        ON_GRID=on_grid(dtype, architecture(first.device)), enable_fp_fusion=False, **constants,
     )  # fmt: skip
     return codes, row_scale
 
@@ -189,8 +206,11 @@ def turned(codes: Tensor) -> Tensor:
     return out
 
 
-def quantise_cases(dtype: torch.dtype, name: str, archs: tuple[str, ...]) -> Iterator[Case]:
+def quantise_cases(dtype: torch.dtype, name: str, archs: tuple[int, ...]) -> Iterator[Case]:
     """Every width of the table and the loop; `name`: Triton's of the codes' type."""
+    pointers, sizes = ("x_ptr", "y_ptr", "z_ptr", "factor_ptr", "codes_ptr", "row_scale_ptr"), ("KX", "KY", "KZ")
+    # e4m3 from fp32 on Hopper, from fp16 (two at a time) before
+    units = {grid: rf"cvt\.rn\.satfinite\.e4m3x2\.{'f16x2' if grid else 'f32'}" for grid in (False, True)}
     for features in (*WIDE_TILES, WIDEST + 1):
         for source, parts, factor in (("bf16", 1, False), ("bf16", 3, True), ("fp32", 1, True)):
             if source == "fp32" and features not in (LOOP, WIDEST, WIDEST + 1):
@@ -198,25 +218,23 @@ def quantise_cases(dtype: torch.dtype, name: str, archs: tuple[str, ...]) -> Ite
             constants = quantise_tile(features)
             warps = constants.pop("num_warps")
             size = f"{constants['ROWS']}x{constants['COLUMNS']}{'' if constants['WHOLE'] else ' loop'}"
-            pointers, sizes = (
-                ("x_ptr", "y_ptr", "z_ptr", "factor_ptr", "codes_ptr", "row_scale_ptr"),
-                ("KX", "KY", "KZ"),
-            )
             types = (*[f"*{source}"] * 3, "*fp32", f"*{name}", "*fp32")
-            yield Case(
-                kernel=_quantise_kernel,
-                label=f"{source} to {name} {size} parts{parts}{' factor' if factor else ''}",
-                signature={**dict(zip(pointers, types, strict=True)), "M": "i32", **dict.fromkeys(sizes, "i32")},
-                constants={
-                    **constants, "LARGEST": LARGEST[dtype], "INTEGER": dtype == torch.int8, "PARTS": parts,
-                    "FACTOR": factor, "INTERPRET": False,
-                },
-                num_warps=warps,
-                aligned=(*pointers, *sizes),
-                archs=archs,
-                demands={} if dtype == torch.int8 else dict.fromkeys(archs, r"cvt\.rn\.satfinite\.e4m3x2\.f32"),
-                fp_fusion=False,
-            )  # fmt: skip
+            for grid in sorted({on_grid(dtype, arch) for arch in archs}):
+                own = tuple(f"sm_{arch}" for arch in archs if on_grid(dtype, arch) == grid)
+                yield Case(
+                    kernel=_quantise_kernel,
+                    label=f"{source} to {name} {size} parts{parts}{' factor' if factor else ''}",
+                    signature={**dict(zip(pointers, types, strict=True)), "M": "i32", **dict.fromkeys(sizes, "i32")},
+                    constants={
+                        **constants, "LARGEST": LARGEST[dtype], "INTEGER": dtype == torch.int8, "PARTS": parts,
+                        "FACTOR": factor, "ON_GRID": grid,
+                    },
+                    num_warps=warps,
+                    aligned=(*pointers, *sizes),
+                    archs=own,
+                    demands={} if dtype == torch.int8 else dict.fromkeys(own, units[grid]),
+                    fp_fusion=False,
+                )  # fmt: skip
 
 
 CASES = [

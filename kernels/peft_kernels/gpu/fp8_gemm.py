@@ -31,5 +31,5 @@ UNITS = {
 }
 CASES = [
     *product_cases(torch.float8_e4m3fn, "fp8e4nv", UNITS),
-    *quantise_cases(torch.float8_e4m3fn, "fp8e4nv", ("sm_89", "sm_90")),
+    *quantise_cases(torch.float8_e4m3fn, "fp8e4nv", (89, 90)),
 ]

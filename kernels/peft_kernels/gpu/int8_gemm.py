@@ -32,5 +32,5 @@ UNITS = {
 }
 CASES = [
     *product_cases(torch.int8, "i8", UNITS),
-    *quantise_cases(torch.int8, "i8", ("sm_75", "sm_80", "sm_90")),
+    *quantise_cases(torch.int8, "i8", (75, 80, 90)),
 ]

@@ -52,7 +52,8 @@ class RMSNormForward:
         weight = getattr(module, "weight", None)
         if weight is not None and weight.dtype != x.dtype:  # models differ in what they round to
             return super().forward(x)  # type: ignore[misc]
-        return rms_norm(x, weight, **state.extra["settings"], backend=state.backend)
+        passes = bool(state.extra.get("passes"))
+        return rms_norm(x, weight, **state.extra["settings"], backend=state.backend, passes=passes)
 
 
 class ActivationForward:

@@ -1,0 +1,91 @@
+"""What a suite asks for and the bench can't do: said before anything is trained, all of it at once.
+
+What only the rows tell, such as their columns, the baseline cell finds; without it nothing else is started (`running`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..config_checks import PREFERENCE, TEXT, lookup
+from ..config_reading import load_config
+from ..data.reading import local_path
+from ..errors import ConfigError, EngineError
+from .cells import method_faults, settings_of
+from .general_text import texts_of, too_short, windows
+from .published import figures_of, read_publication
+from .suite import GeneralText, Suite
+
+JUDGED = (*TEXT, "image-classification")
+"""Tasks whose test rows are judged one by one."""
+DOUBT = 16  # bytes of text per wanted token that are surely enough
+
+
+def check_suite(suite: Suite) -> None:
+    """Raises ConfigError with all faults."""
+    faults = [*method_faults(suite), *_task(suite), *_splits(suite), *_answers(suite), *_general_text(suite)]
+    faults += _published(suite)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _task(suite: Suite) -> Iterator[str]:
+    task = suite.config.get("task")
+    if task in PREFERENCE:
+        text = f"config.task: got {task}, expected one of {', '.join(JUDGED)}"
+        yield f"{text}: methods are compared on single test rows, and {task} judges none"
+
+
+def _splits(suite: Suite) -> Iterator[str]:
+    for name, why in (("eval", "learning rates are chosen"), ("test", "methods are compared")):
+        if lookup(suite.config, f"data.{name}") is None and lookup(suite.config, f"data.split.{name}") == 0:
+            text = f"config.data.split.{name}: got 0, and config.data.{name} is not given; {why} on that split"
+            yield f"{text}; write a share such as 0.1, or give config.data.{name}"
+
+
+def _answers(suite: Suite) -> Iterator[str]:
+    columns = lookup(suite.config, "data.columns")
+    asked = lookup(suite.config, "evaluation.generate_rows")
+    if asked and isinstance(columns, dict) and "text" in columns and suite.config.get("task") == "causal-lm":
+        text = f"config.evaluation.generate_rows: got {asked}, and the rows are plain text (config.data.columns.text)"
+        yield f"{text}, without answers to compare with; set it to 0, or name the columns prompt and completion"
+
+
+def _general_text(suite: Suite) -> Iterator[str]:
+    """Of a hub data set only the baseline cell knows more."""
+    text = suite.general_text
+    if text is None or local_path(text.path) is None:
+        return
+    try:
+        found = sum(len(part.encode()) + 1 for part in texts_of(text))
+        wanted = text.rows * text.max_length
+        if found < wanted:  # a token is a byte or more
+            raise too_short(text, f"{found:,} bytes")
+        if found < DOUBT * wanted:
+            _count_tokens(suite, text)
+    except EngineError as error:
+        said = str(error)
+        yield said if said.startswith("general_text: ") else f"general_text: {said}"
+
+
+def _count_tokens(suite: Suite, text: GeneralText) -> None:
+    """Raises DataError where a tokenizer that is at hand makes too few tokens of the text."""
+    try:
+        settings = settings_of(suite, "final", "baseline", suite.seeds[0], None)
+        model = load_config({**settings, "output": "unset"}).model
+        if not Path(model.path).expanduser().exists():
+            return
+        from ..backbone import load_tokenizer  # torch is slow to import
+
+        tokenizer = load_tokenizer(model)
+    except EngineError:
+        return  # told with the methods' faults, or by the baseline cell
+    windows(text, tokenizer)
+
+
+def _published(suite: Suite) -> Iterator[str]:
+    if suite.published:
+        try:
+            figures_of(read_publication(Path(suite.published.path)), suite.published)
+        except ConfigError as error:
+            said = str(error)
+            yield said if said.startswith("published") else f"published: {said}"
