@@ -270,7 +270,8 @@ def export(
 
 def _export_whole(path: str | Path, overrides: tuple[str, ...], folder: Path, max_kl: float | None) -> Drift:
     """The merged model in `folder`, or nothing there: a model that fails its verification does not stay."""
-    part = folder.absolute().with_name(f".{folder.absolute().name}.part")  # "." has no name
+    inside = folder.is_dir()  # an empty one, perhaps "." or a mount, which can't be replaced
+    part = folder / ".part" if inside else folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         drift = _merge(path, overrides, part, folder, max_kl)
@@ -278,7 +279,11 @@ def _export_whole(path: str | Path, overrides: tuple[str, ...], folder: Path, ma
         apart.refuse()
         with storage_errors(folder):
             write_whole(part / MERGE, json.dumps(record, indent=2, allow_nan=False) + "\n")
-            os.replace(part, folder)
+            if inside:
+                for one in part.iterdir():
+                    os.replace(one, folder / one.name)
+            else:
+                os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return replace(drift, held_out=apart)

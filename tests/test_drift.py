@@ -195,6 +195,21 @@ def test_without_the_data_it_says_so(tiny_model: Tiny, tmp_path: Path) -> None:
     assert kept["held_out"]["kl"] == kept["reloaded"]["kl"]
 
 
+def test_a_merge_into_a_folder_that_is_there(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = finished(CLASSES, tiny_model("bert"), class_rows(40), tmp_path, data=APART)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_engine.drift.MIN_TOP1", 1.1)
+        with pytest.raises(VerificationError):
+            export(of.output, merged=True, target=".")
+    assert not list(Path.cwd().iterdir())
+    export(of.output, merged=True, target=".")
+    written = {path.name for path in (tmp_path / "empty").iterdir()}
+    assert written >= {"model.safetensors", "config.json", "merge.json"}
+    assert not any(name.startswith(".") for name in written)
+
+
 def test_the_terminal_and_json_tell_it(tiny_model: Tiny, tmp_path: Path) -> None:
     of = finished(CLASSES, tiny_model("bert"), class_rows(40), tmp_path, data=APART)
     told = CliRunner().invoke(cli, ["export", str(of.output), "--merged", "--to", str(tmp_path / "one")])
