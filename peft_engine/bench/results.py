@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .cells import Cell, baseline_cell, final_cells, tuning_cells
 from .records import read_records
 from .refusals import check_suite
-from .suite import SMALLER_IS_BETTER, Suite, load_suite
+from .suite import SMALLER_IS_BETTER, Suite, load_suite, metrics_in
 
 DIVERGED = 5  # exit code
 
@@ -113,7 +113,7 @@ class Results:
         """Raises ConfigError where a record of test metrics has none that the suite ranks by."""
         info = record["train_info"]
         found = info["metrics_after"] or info["metrics_before"] or {}
-        known = [name for name, value in found.items() if value is None or isinstance(value, int | float)]
+        known = metrics_in(found)
         if self.suite.primary is not None and found and self.suite.primary not in known:
             raise ConfigError(
                 f"primary: got {self.suite.primary}, expected a metric of {record['run_info']['method']}: "

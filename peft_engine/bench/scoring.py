@@ -15,7 +15,7 @@ from ..meters.cost import cost_usd
 from .columns import columns_of
 from .records import read_records
 from .statistics import Sample, Sums, flat_sample, resample, sample
-from .suite import SMALLER_IS_BETTER, Published
+from .suite import SMALLER_IS_BETTER, Published, metrics_in
 
 Record = dict[str, Any]
 
@@ -274,9 +274,7 @@ def _untouched(found: Results, base: Sums | None, drawn: Sums | None) -> None:
 
 
 def _numbers(of: dict[int, Record], when: str = "metrics_after") -> list[str]:
-    counts = {"rows", "tokens", "words", "words_lost", "entities", "chance", "generated_rows"}
-    names = {name: None for one in of.values() for name in one["train_info"].get(when) or {} if name not in counts}
-    return list(names)
+    return list(dict.fromkeys(name for one in of.values() for name in metrics_in(one["train_info"].get(when))))
 
 
 def _metric(record: Record, when: str, name: str) -> float | None:

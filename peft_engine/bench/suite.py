@@ -1,7 +1,7 @@
 """What a benchmark suite says: one task and budget, many methods, their learning rates and seeds."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,8 @@ SAME = {"batch_size", "precision"}
 """Of `training`: what must be the same for all methods, beside what is taken."""
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error", "mean_absolute_error")
 """Of all metrics; of the others more is better."""
+COUNTS = {"rows", "tokens", "words", "words_lost", "entities", "chance", "generated_rows"}
+"""What stands beside the metrics and says nothing of how good a method is."""
 
 
 class RunBudget(Section):
@@ -158,6 +160,10 @@ class Suite(Section):
             ]
         if self.reference not in self.methods:
             faults.append(f"reference: got {self.reference}, expected one of the methods: {', '.join(self.methods)}")
+        if self.primary in COUNTS:
+            faults.append(
+                f"primary: got {self.primary}, which is no metric; name one, such as loss, or null: the task's own"
+            )
         if "baseline" in self.methods:
             faults.append("methods.baseline: this name is the untouched model's; name it otherwise")
         if self.tuning.seed in self.seeds:
@@ -211,6 +217,12 @@ def suite_of(parsed: Parsed | dict[str, Any], name: str = "suite") -> Suite:
     if lines:
         raise ConfigError("\n".join(lines))
     return suite
+
+
+def metrics_in(measured: Mapping[str, Any] | None) -> list[str]:
+    """Names of what a record measured on its test rows and methods can be ranked by; a metric may be null."""
+    numbers = {n: v for n, v in (measured or {}).items() if n not in COUNTS and not isinstance(v, bool)}
+    return [name for name, value in numbers.items() if value is None or isinstance(value, int | float)]
 
 
 def to_yaml(suite: Suite) -> str:

@@ -61,6 +61,23 @@ def test_a_metric_that_nothing_has_stops_after_the_baseline(go, tmp_path):
     assert len(suites.titles(tmp_path / "out")) == 8, "the baseline stands"
 
 
+@pytest.mark.parametrize("name", ["generated_rows", "tokens", "rows"])
+def test_a_count_is_no_metric_before_anything_runs(go, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"primary: got {name}, which is no metric"):
+        go(name, metrics={name: 4})
+    assert not (tmp_path / "started").exists()
+
+
+def test_bench_and_report_take_the_same_names_for_metrics(go, tmp_path):
+    measured = {"exact_match": 0.5, "bits_per_byte": None, "rows": 4, "chance": 0.1, "per_class": {"a": 1.0}}
+    with pytest.raises(ConfigError, match=r"of baseline: accuracy, loss, exact_match, bits_per_byte\. Name one"):
+        go("bleu", metrics=measured)
+    write_suite(tmp_path, ["full"], [0], primary="bleu")
+    write(tmp_path, record("full", 0, {}, metrics_after=measured))
+    with pytest.raises(ConfigError, match=r"expected one of exact_match\. Correct"):  # no score is null
+        load(tmp_path)
+
+
 def test_the_report_ranks_by_it(tmp_path):
     folder = classes_folder(tmp_path)
     by = {}

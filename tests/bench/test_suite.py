@@ -36,6 +36,7 @@ def changed(**places):
         (changed(budget={"steps": 1, "epochs": 2}), "exactly one"),
         (changed(budget={"steps": "many"}), "budget.steps: got 'many'"),
         (changed(reference="fool"), "reference: got fool, expected one of the methods: full, lora"),
+        (changed(primary="rows"), "primary: got rows, which is no metric"),
         (changed(seeds=[1, 1]), "seeds: .* repeats itself"),
         (changed(seeds=[0, 1000]), "tuning.seed: 1000 is among seeds"),
         (changed(config__output="runs/x"), "config.output: a suite does not take it"),
