@@ -177,7 +177,8 @@ def _written(results: Results) -> tuple[str | None, str | None]:
     except ConfigError as error:
         problem = error.problem.splitlines()[0]
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        if isinstance(tree := yaml.safe_load(path.read_text(encoding="utf-8")), dict) and tree.get("name"):
-            return problem, str(tree["name"])
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and tree.get("name") and isinstance(tree["name"], str):
+            return problem, tree["name"]
     names = sorted({str(record["run_info"].get("suite")) for record in results.records.values()})
     return problem, next((name for name in names if name != results.suite.name), None)

@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ..config import Count, Section
 from ..config_checks import KeyPath, dotted
@@ -217,6 +218,37 @@ def suite_of(parsed: Parsed | dict[str, Any], name: str = "suite") -> Suite:
     if lines:
         raise ConfigError("\n".join(lines))
     return suite
+
+
+def recorded(text: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """What stands in a results folder's suite.yaml, of whatever version of the engine, and the settings that are
+    none of a suite's; None where there are no settings.
+
+    Settings may be missing and others be there. `usd_per_hour` is for the report to check. Raises ConfigError where it
+    is not YAML.
+    """
+    parsed = parse(text, "suite.yaml")
+    if not isinstance(parsed.tree, dict):
+        return None, []
+    wrong = [dotted(fault.path) for fault in parsed.faults]
+    try:
+        _recorded().model_validate({name: value for name, value in parsed.tree.items() if value is not None})
+    except ValidationError as error:
+        places = [
+            one["loc"] for one in error.errors() if one["type"] != "extra_forbidden" or one["loc"][0] == "published"
+        ]
+        wrong += [dotted(tuple(part for part in place if part != "[key]")) for place in places]
+    return parsed.tree, list(dict.fromkeys(wrong))
+
+
+@cache
+def _recorded() -> type[BaseModel]:
+    """A suite's settings one by one: none is needed, and nothing is asked of them together."""
+    fields: dict[str, Any] = {
+        name: (field.rebuild_annotation(), None) for name, field in Suite.model_fields.items() if name != "usd_per_hour"
+    }
+    settings = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    return create_model("Recorded", __config__=settings, **fields)
 
 
 def metrics_in(measured: Mapping[str, Any] | None) -> list[str]:
