@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from ..config import Count, Section
+from ..config import Count, Section, Seed
 from ..config_checks import KeyPath, dotted
 from ..config_yaml import Parsed, dump, from_python, parse
 from ..errors import ConfigError
@@ -60,7 +60,7 @@ class RunBudget(Section):
 class Tuning(Section):
     """The search of learning rates: on the evaluation split, with a seed of its own."""
 
-    seed: int = 1000
+    seed: Seed = 1000
     """Seed of the search; not among `seeds`."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Length of a search run as a share of the budget, with the whole schedule in it."""
@@ -123,7 +123,7 @@ class Suite(Section):
     primary: str | None = None
     """Metric that methods are ranked by, and learning rates chosen by where evaluations while training have it (else by
     loss); null is the task's own."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     """Of the final cells: initialisation, data order, dropout."""
     tuning: Tuning = Tuning()
     """How learning rates are found."""
