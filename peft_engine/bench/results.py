@@ -134,12 +134,21 @@ class Results:
     def possible(self) -> list[Cell]:
         """All cells that the suite's settings may still ask for: where a learning rate is not chosen, the final cells
         of every rate."""
-        undecided = [(method, rate) for method in self.waiting() for rate in self.suite.rates(method)]
+        methods = [method for method in self.suite.methods if self.choice(method) is None]
+        undecided = [(method, rate) for method in methods for rate in self.suite.rates(method)]
         return self.cells() + [cell for method, rate in undecided for cell in self.final(method, rate)]
 
     def waiting(self) -> dict[str, int]:
         """Final cells that wait for their learning rate, by method."""
-        return {method: len(self.suite.seeds) for method in self.suite.methods if self.choice(method) is None}
+        lost = self.diverged()
+        methods = [method for method in self.suite.methods if method not in lost and self.choice(method) is None]
+        return {method: len(self.suite.seeds) for method in methods}
+
+    def diverged(self) -> dict[str, list[float]]:
+        """Methods all of whose learning rates diverged, with these: they have no final cells until their grid is
+        another."""
+        states = {method: [self.state(cell) for cell in self.search(method)] for method in self.suite.methods}
+        return {method: self.suite.rates(method) for method, of in states.items() if set(of) == {"diverged"}}
 
 
 def open_results(path: str | Path, folder: str | Path | None = None) -> Results:
