@@ -203,11 +203,12 @@ class Bench:
                 failed.unlink(missing_ok=True)
                 self._remove(job.folder)
                 results.read()
-                self._tell(job.cell, self._figure(record), took)
                 try:
                     results.refuse_primary(record)
                 except ConfigError as error:
                     self.refused = error
+                else:
+                    self._tell(job.cell, self._figure(record), took)
                 return
         failure = failure_of(job, problem)
         with storage_errors(failed):

@@ -56,6 +56,7 @@ def test_a_metric_that_nothing_has_stops_after_the_baseline(go, tmp_path):
     with pytest.raises(ConfigError, match=said):
         go("exact_match")
     assert suites.titles(tmp_path / "out") == ["baseline-baseline-0"]
+    assert go.said == [], "no line of a number that is none"
     with pytest.raises(ConfigError, match=said):
         open_results("suite.yaml", "out")
     go("loss")

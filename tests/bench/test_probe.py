@@ -158,8 +158,9 @@ def test_data_without_answers_is_found_before_the_training(tmp_path, tiny_model,
     made = language(tmp_path, tiny_model("llama"), plain)
     cell = baseline_cell(made) if kind == "baseline" else final_cells(made, "full", 1e-3)[0]
     spec = json.loads(json.dumps(spec_of(cell, made.name, made.general_text, probe=kind == "probe")))
-    with pytest.raises(DataError, match="the test rows have no answers"):
+    with pytest.raises(DataError, match="got 6, and the test rows have no answers") as caught:
         run_cell(spec, tmp_path / "work")
+    assert caught.value.fix.startswith("Set evaluation.generate_rows to 0")
     assert not (tmp_path / "work").exists(), "no run was begun"
 
 
