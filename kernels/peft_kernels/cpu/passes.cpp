@@ -58,6 +58,12 @@ INLINE float exp_of(float x) {
   return as_float(bits(p) + ((bits(shifted) - bits(ROUND)) << 23));
 }
 
+// e^x for x ≤ 88, 0 below -87, NaN for NaN.
+INLINE float exp_or_zero(float x) {
+  const float e = exp_of(x);
+  return x >= -87.0f ? e : x < -87.0f ? 0.0f : x;
+}
+
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 }  // namespace
@@ -183,6 +189,57 @@ API void rms_norm_back(const float* dy, int64_t dy_stride, const float* x, int64
 
 // Dropped places come as they are drawn: for each sample `draws` flat places in rising order, those from `size` of the
 // whole (samples·rows_each·features) on are none.
+
+// x = 0 at dropped places, x (samples·size,).
+API void zero_places(const int64_t* places, int64_t samples, int64_t draws, int64_t size, float* x, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t d = 0; d < draws && places[s * draws + d] < samples * size; ++d) x[places[s * draws + d]] = 0.0f;
+}
+
+// x = softmax(x) along dense rows, logs[i] = log Σ e^x. Rows of -∞ alone become zeros and their logs 0.
+API void softmax_rows(float* x, int64_t rows, int64_t n, float* logs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    float* z = x + i * n;
+    float lanes[WIDE], sums[WIDE] = {};
+    for (int64_t l = 0; l < WIDE; ++l) lanes[l] = -__builtin_inff();
+    int64_t k = 0;
+    for (; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = z[k + l] > lanes[l] ? z[k + l] : lanes[l];
+    float top = lanes[0], total = 0.0f;
+    for (int64_t l = 1; l < WIDE; ++l) top = lanes[l] > top ? lanes[l] : top;
+    for (; k < n; ++k) top = z[k] > top ? z[k] : top;
+    const float from = top == -__builtin_inff() ? 0.0f : top;
+    for (k = 0; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) {
+        z[k + l] = exp_or_zero(z[k + l] - from);
+        sums[l] += z[k + l];
+      }
+    for (; k < n; ++k) {
+      z[k] = exp_or_zero(z[k] - from);
+      total += z[k];
+    }
+    for (int64_t l = 0; l < WIDE; ++l) total += sums[l];
+    logs[i] = total == 0.0f ? 0.0f : from + __builtin_logf(total);
+    const float by = total == 0.0f ? 0.0f : 1.0f / total;
+    for (k = 0; k < n; ++k) z[k] *= by;
+  }
+}
+
+// x = e^(x - logs), the softmax again.
+API void softmax_again(float* x, int64_t rows, int64_t n, const float* logs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) x[i * n + k] = exp_or_zero(x[i * n + k] - logs[i]);
+}
+
+// dp = (dp - shares[i]) ⊙ p: the softmax's backward, shares[i] = Σ dp ⊙ p of a row.
+API void softmax_back(float* dp, const float* p, const float* shares, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) dp[i * n + k] = (dp[i * n + k] - shares[i]) * p[i * n + k];
+}
 
 // low (rows, rank) -= Σ over dropped (i, k) of x[i, k]·down[k], with down (features, rank).
 API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_t rows, int64_t features, const float* x,
