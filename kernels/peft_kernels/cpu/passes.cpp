@@ -241,6 +241,29 @@ API void softmax_back(float* dp, const float* p, const float* shares, int64_t ro
     for (int64_t k = 0; k < n; ++k) dp[i * n + k] = (dp[i * n + k] - shares[i]) * p[i * n + k];
 }
 
+namespace {
+
+// to += v·from, by whole vectors of a length that the compiler knows.
+INLINE void add_scaled(float* __restrict to, const float* __restrict from, float v, int64_t n) {
+  int64_t r = 0;
+  for (; r + WIDE <= n; r += WIDE)
+    for (int64_t l = 0; l < WIDE; ++l) to[r + l] += v * from[r + l];
+  for (; r < n; ++r) to[r] += v * from[r];
+}
+
+INLINE float dot(const float* a, const float* b, int64_t n) {
+  float lanes[WIDE] = {}, sum = 0.0f;
+  int64_t r = 0;
+  for (; r + WIDE <= n; r += WIDE)
+    for (int64_t l = 0; l < WIDE; ++l) lanes[l] += a[r + l] * b[r + l];
+  for (; r < n; ++r) sum += a[r] * b[r];
+  for (int64_t l = 0; l < 8; ++l) lanes[l] += lanes[l + 8];
+  for (int64_t l = 0; l < 4; ++l) lanes[l] += lanes[l + 4];
+  return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
+}
+
+}  // namespace
+
 // low (rows, rank) -= Σ over dropped (i, k) of x[i, k]·down[k], with down (features, rank).
 API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_t rows, int64_t features, const float* x,
                    int64_t x_stride, const float* down, int64_t down_stride, int64_t rank, float* low, int64_t low_stride, int threads) {
@@ -251,10 +274,7 @@ API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_
       const int64_t place = places[s * draws + d];
       if (place >= size) break;
       const int64_t i = place / features, k = place - i * features;
-      const float v = x[i * x_stride + k];
-      const float* from = down + k * down_stride;
-      float* to = low + i * low_stride;
-      for (int64_t r = 0; r < rank; ++r) to[r] -= v * from[r];
+      add_scaled(low + i * low_stride, down + k * down_stride, -x[i * x_stride + k], rank);
     }
   }
 }
@@ -274,23 +294,8 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
         if (place >= size) break;
         const int64_t i = place / features, k = place - i * features;
         const float* low = d_low + i * d_stride;
-        if (own) {
-          const float v = x[i * x_stride + k];
-          float* to = own + k * rank;
-          for (int64_t r = 0; r < rank; ++r) to[r] += v * low[r];
-        }
-        if (dx) {
-          const float* from = down + k * down_stride;
-          float lanes[WIDE] = {};
-          int64_t r = 0;
-          for (; r + WIDE <= rank; r += WIDE)
-            for (int64_t l = 0; l < WIDE; ++l) lanes[l] += low[r + l] * from[r + l];
-          for (int64_t half = WIDE / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-          float sum = lanes[0];
-          for (; r < rank; ++r) sum += low[r] * from[r];
-          dx[i * dx_stride + k] -= sum;
-        }
+        if (own) add_scaled(own + k * rank, low, x[i * x_stride + k], rank);
+        if (dx) dx[i * dx_stride + k] -= dot(low, down + k * down_stride, rank);
       }
     }
   }
