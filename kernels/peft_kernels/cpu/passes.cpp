@@ -58,6 +58,12 @@ INLINE float exp_of(float x) {
   return as_float(bits(p) + ((bits(shifted) - bits(ROUND)) << 23));
 }
 
+// e^x for x ≤ 88, 0 below -87, NaN for NaN.
+INLINE float exp_or_zero(float x) {
+  const float e = exp_of(x);
+  return x >= -87.0f ? e : x < -87.0f ? 0.0f : x;
+}
+
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 }  // namespace
@@ -184,6 +190,80 @@ API void rms_norm_back(const float* dy, int64_t dy_stride, const float* x, int64
 // Dropped places come as they are drawn: for each sample `draws` flat places in rising order, those from `size` of the
 // whole (samples·rows_each·features) on are none.
 
+// x = 0 at dropped places, x (samples·size,).
+API void zero_places(const int64_t* places, int64_t samples, int64_t draws, int64_t size, float* x, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t d = 0; d < draws && places[s * draws + d] < samples * size; ++d) x[places[s * draws + d]] = 0.0f;
+}
+
+// x = softmax(x) along dense rows, logs[i] = log Σ e^x. Rows of -∞ alone become zeros and their logs 0.
+API void softmax_rows(float* x, int64_t rows, int64_t n, float* logs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    float* z = x + i * n;
+    float lanes[WIDE], sums[WIDE] = {};
+    for (int64_t l = 0; l < WIDE; ++l) lanes[l] = -__builtin_inff();
+    int64_t k = 0;
+    for (; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = z[k + l] > lanes[l] ? z[k + l] : lanes[l];
+    float top = lanes[0], total = 0.0f;
+    for (int64_t l = 1; l < WIDE; ++l) top = lanes[l] > top ? lanes[l] : top;
+    for (; k < n; ++k) top = z[k] > top ? z[k] : top;
+    const float from = top == -__builtin_inff() ? 0.0f : top;
+    for (k = 0; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) {
+        z[k + l] = exp_or_zero(z[k + l] - from);
+        sums[l] += z[k + l];
+      }
+    for (; k < n; ++k) {
+      z[k] = exp_or_zero(z[k] - from);
+      total += z[k];
+    }
+    for (int64_t l = 0; l < WIDE; ++l) total += sums[l];
+    logs[i] = total == 0.0f ? 0.0f : from + __builtin_logf(total);
+    const float by = total == 0.0f ? 0.0f : 1.0f / total;
+    for (k = 0; k < n; ++k) z[k] *= by;
+  }
+}
+
+// x = e^(x - logs), the softmax again.
+API void softmax_again(float* x, int64_t rows, int64_t n, const float* logs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) x[i * n + k] = exp_or_zero(x[i * n + k] - logs[i]);
+}
+
+// dp = (dp - shares[i]) ⊙ p: the softmax's backward, shares[i] = Σ dp ⊙ p of a row.
+API void softmax_back(float* dp, const float* p, const float* shares, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) dp[i * n + k] = (dp[i * n + k] - shares[i]) * p[i * n + k];
+}
+
+namespace {
+
+// to += v·from, by whole vectors of a length that the compiler knows.
+INLINE void add_scaled(float* __restrict to, const float* __restrict from, float v, int64_t n) {
+  int64_t r = 0;
+  for (; r + WIDE <= n; r += WIDE)
+    for (int64_t l = 0; l < WIDE; ++l) to[r + l] += v * from[r + l];
+  for (; r < n; ++r) to[r] += v * from[r];
+}
+
+INLINE float dot(const float* a, const float* b, int64_t n) {
+  float lanes[WIDE] = {}, sum = 0.0f;
+  int64_t r = 0;
+  for (; r + WIDE <= n; r += WIDE)
+    for (int64_t l = 0; l < WIDE; ++l) lanes[l] += a[r + l] * b[r + l];
+  for (; r < n; ++r) sum += a[r] * b[r];
+  for (int64_t l = 0; l < 8; ++l) lanes[l] += lanes[l + 8];
+  for (int64_t l = 0; l < 4; ++l) lanes[l] += lanes[l + 4];
+  return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
+}
+
+}  // namespace
+
 // low (rows, rank) -= Σ over dropped (i, k) of x[i, k]·down[k], with down (features, rank).
 API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_t rows, int64_t features, const float* x,
                    int64_t x_stride, const float* down, int64_t down_stride, int64_t rank, float* low, int64_t low_stride, int threads) {
@@ -194,10 +274,7 @@ API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_
       const int64_t place = places[s * draws + d];
       if (place >= size) break;
       const int64_t i = place / features, k = place - i * features;
-      const float v = x[i * x_stride + k];
-      const float* from = down + k * down_stride;
-      float* to = low + i * low_stride;
-      for (int64_t r = 0; r < rank; ++r) to[r] -= v * from[r];
+      add_scaled(low + i * low_stride, down + k * down_stride, -x[i * x_stride + k], rank);
     }
   }
 }
@@ -217,23 +294,8 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
         if (place >= size) break;
         const int64_t i = place / features, k = place - i * features;
         const float* low = d_low + i * d_stride;
-        if (own) {
-          const float v = x[i * x_stride + k];
-          float* to = own + k * rank;
-          for (int64_t r = 0; r < rank; ++r) to[r] += v * low[r];
-        }
-        if (dx) {
-          const float* from = down + k * down_stride;
-          float lanes[WIDE] = {};
-          int64_t r = 0;
-          for (; r + WIDE <= rank; r += WIDE)
-            for (int64_t l = 0; l < WIDE; ++l) lanes[l] += low[r + l] * from[r + l];
-          for (int64_t half = WIDE / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-          float sum = lanes[0];
-          for (; r < rank; ++r) sum += low[r] * from[r];
-          dx[i * dx_stride + k] -= sum;
-        }
+        if (own) add_scaled(own + k * rank, low, x[i * x_stride + k], rank);
+        if (dx) dx[i * dx_stride + k] -= dot(low, down + k * down_stride, rank);
       }
     }
   }
