@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+BOUND = 0.05
+"""Of the error of a frozen linear, where none is set."""
 PREFERENCE = ("dpo", "orpo", "kto", "reward")
 
 
@@ -15,8 +17,8 @@ def frozen_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model, method = values.get("model") or {}, (values.get("adapter") or {}).get("method")
     compute, outliers = model.get("frozen_compute"), model.get("frozen_outliers")
     if compute in (None, "full"):
-        for name in ("frozen_outliers", "frozen_head"):
-            if model.get(name) not in (None, "none", "full"):
+        for name in ("frozen_outliers", "frozen_head", "frozen_error_bound"):
+            if model.get(name) not in (None, "none", "full", BOUND):
                 yield name, "has no effect with model.frozen_compute full; set that to int8 or auto, or remove this"
         return
     if values.get("task") in PREFERENCE:

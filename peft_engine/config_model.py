@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from peft_engine.config_frozen import BOUND
+
 Pattern = Annotated[str, Field(min_length=1)]
 
 
@@ -40,7 +42,7 @@ class ModelConfig(Section):
     """What is done about input channels much larger than the others, in int8 and fp8, as the first training batch shows
     them: `smooth` divides the input's and multiplies the weight's (SmoothQuant), `columns` leaves them in full
     precision (as LLM.int8() does)."""
-    frozen_error_bound: Annotated[float, Field(gt=0)] = 0.05
+    frozen_error_bound: Annotated[float, Field(gt=0)] = BOUND
     """A linear whose output on the first training batch errs by more, relative to its norm, stays in full precision;
     run.json lists it."""
     frozen_head: Literal["full", "int8"] = "full"

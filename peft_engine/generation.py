@@ -86,7 +86,8 @@ def matched(model: nn.Module) -> torch.autocast:
 
     LoRA's own products need none: peft casts their input.
     """
-    dtypes = {p.dtype for name, p in model.named_parameters() if ".lora_" not in name}
+    floats = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]  # codes are integers
+    dtypes = {p.dtype for name, p in floats if ".lora_" not in name}
     narrow = next(iter(dtypes - {torch.float32}), torch.bfloat16)
     return torch.autocast(next(model.parameters()).device.type, narrow, enabled=len(dtypes) > 1)
 

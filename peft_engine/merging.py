@@ -346,6 +346,8 @@ def _config(config: Config, folder: Path, rank: int) -> Config:
     adapter = {k: v for k, v in tree.get("adapter", {}).items() if k in ("method", "dropout", "targets", "layers",
                                                                           "modules_to_save")}  # fmt: skip
     tree |= {"output": str(folder), "adapter": {**adapter, "rank": rank, "alpha": float(rank)}}
+    # frozen linears in full precision: no run was trained with the sum on rounded ones
+    tree["model"] = {k: v for k, v in tree.get("model", {}).items() if not k.startswith("frozen_")}
     return Config.model_validate(tree)
 
 

@@ -18,10 +18,12 @@ from .adapters.files import load_adapter
 from .adapters.fusing import FrozenRecord, fuse, row_seeds
 from .adapters.fusing.frozen_record import FILE, read_record
 from .adapters.group import Group
+from .adapters.lora import move_weights_again, moves_weights
 from .adapters.new_rows import with_new_tokens
 from .building import refuse_too_long
 from .config import Config
 from .config_checks import LABELLED, PREFERENCE
+from .config_frozen import BOUND
 from .data.cleaning import Dropped
 from .data.encoding import EncodedSet, cache_folder
 from .data.labels import Labels
@@ -40,7 +42,12 @@ from .tasks.base import Generates
 from .tasks.items import item_kind
 from .tasks.seq2seq import Seq2Seq
 
-IN_FULL = ("model.frozen_compute=full", "model.frozen_outliers=none", "model.frozen_head=full")
+IN_FULL = (
+    "model.frozen_compute=full",
+    "model.frozen_outliers=none",
+    "model.frozen_head=full",
+    f"model.frozen_error_bound={BOUND}",
+)
 """Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
 MERGE = "merge.json"
 
@@ -86,9 +93,12 @@ def _freeze_as_trained(group: Group, config: Config, record: FrozenRecord) -> No
     Raises:
         ConfigError: this device lacks the format.
     """
-    if record.format is not None:
-        group.fused = fuse(group.model, "torch" if config.kernels == "torch" else "auto", record=record)
-        group.rows = row_seeds(group.model)
+    if record.format is None:
+        return
+    if config.adapter.method == "lora" and moves_weights(config.adapter.init):
+        move_weights_again(group.model, group.members[0].spec.name, record.frozen)
+    group.fused = fuse(group.model, "torch" if config.kernels == "torch" else "auto", record=record)
+    group.rows = row_seeds(group.model)
 
 
 def evaluate(
@@ -260,7 +270,8 @@ def export(
 
 def _export_whole(path: str | Path, overrides: tuple[str, ...], folder: Path, max_kl: float | None) -> Drift:
     """The merged model in `folder`, or nothing there: a model that fails its verification does not stay."""
-    part = folder.with_name(f".{folder.name}.part")
+    inside = folder.is_dir()  # an empty one, perhaps "." or a mount, which can't be replaced
+    part = folder / ".part" if inside else folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         drift = _merge(path, overrides, part, folder, max_kl)
@@ -268,7 +279,11 @@ def _export_whole(path: str | Path, overrides: tuple[str, ...], folder: Path, ma
         apart.refuse()
         with storage_errors(folder):
             write_whole(part / MERGE, json.dumps(record, indent=2, allow_nan=False) + "\n")
-            os.replace(part, folder)
+            if inside:
+                for one in part.iterdir():
+                    os.replace(one, folder / one.name)
+            else:
+                os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return replace(drift, held_out=apart)

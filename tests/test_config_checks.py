@@ -230,6 +230,11 @@ def test_the_list_of_tasks_for_the_command_line_is_that_of_the_declaration():
             "model.frozen_outliers: has no effect",
         ),
         ("causal-lm", {"model": "{frozen_compute: full, frozen_head: int8}"}, "model.frozen_head: has no effect"),
+        (
+            "causal-lm",
+            {"model": "{frozen_compute: full, frozen_error_bound: 0.1}"},
+            "model.frozen_error_bound: has no effect",
+        ),
         ("seq2seq", {"model": "{frozen_head: int8}"}, "model.frozen_head: is read by the loss of task causal-lm only"),
         (
             "causal-lm",

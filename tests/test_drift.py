@@ -69,13 +69,14 @@ def test_what_is_the_same_is_at_no_distance() -> None:
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", [0, 1])
 def test_what_is_not_a_number_is_refused(broken: float, side: int) -> None:
-    pair = [torch.randn(1, 600, 5) for _ in range(2)]
-    pair[1] = pair[0].clone()
+    torch.manual_seed(0)
+    logits = torch.randn(1, 600, 5)
+    pair = [logits, logits.clone()]
     pair[side][0, 550, 2] = broken
     drift = judge_batches(pair[0], pair[1])
     bounds = {"kl": 1e9, "top1_agreement": 0.0}
     if side == 0 and broken == -math.inf:
-        bounds = {"kl": 1e-3, "top1_agreement": 1.0}  # as of a choice that is not there: the others' shares move
+        bounds = {"kl": 1e-5, "top1_agreement": 1.0}  # as of a choice that is not there: the others' shares move
     with pytest.raises(VerificationError):
         HeldOut("test", 1, 600, "token", drift.relative, drift.kl, drift.top1_agreement, bounds).refuse()
     with pytest.raises(VerificationError):
@@ -122,7 +123,7 @@ def test_a_merge_is_compared_on_every_supervised_token_of_the_test_rows(tiny_mod
     assert drift.held_out.to_json() == kept
 
 
-NUMBERS = [{"text": sentence(i, 2 + i % 5), "score": i % 7 - 3.0} for i in range(40)]
+NUMBERS = [{"text": sentence(i, 2 + i % 5), "score": i % 7 / 2 - 1.5} for i in range(40)]
 SEVERAL = [
     {"text": sentence(i, 2 + i % 5), "labels": [n for bit, n in enumerate(("a", "b")) if i >> bit & 1]}
     for i in range(40)
@@ -192,6 +193,21 @@ def test_without_the_data_it_says_so(tiny_model: Tiny, tmp_path: Path) -> None:
     assert (kept["held_out"]["split"], kept["held_out"]["rows"]) == ("probe", 0)
     assert "rows.jsonl" in kept["held_out"]["note"]
     assert kept["held_out"]["kl"] == kept["reloaded"]["kl"]
+
+
+def test_a_merge_into_a_folder_that_is_there(tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = finished(CLASSES, tiny_model("bert"), class_rows(40), tmp_path, data=APART)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_engine.drift.MIN_TOP1", 1.1)
+        with pytest.raises(VerificationError):
+            export(of.output, merged=True, target=".")
+    assert not list(Path.cwd().iterdir())
+    export(of.output, merged=True, target=".")
+    written = {path.name for path in (tmp_path / "empty").iterdir()}
+    assert written >= {"model.safetensors", "config.json", "merge.json"}
+    assert not any(name.startswith(".") for name in written)
 
 
 def test_the_terminal_and_json_tell_it(tiny_model: Tiny, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from peft_engine.training.step import gradients
 RANK, CLASSES = 3, 2
 
 
-def step_flops(folder, model, method: dict[str, Any], kernels: str) -> tuple[int, int, int]:
+def step_flops(folder, model, method: dict[str, Any], kernels: str, **of_model: Any) -> tuple[int, int, int]:
     """Counted operations of one step on 8 rows; the rows and their padded length."""
     write_rows(folder / "rows.jsonl", class_rows(40))
     settings = config(
-        "text-classification", model, folder / "rows.jsonl", folder / "out", adapter=method, model={"pooling": "mean"}
-    )
+        "text-classification", model, folder / "rows.jsonl", folder / "out", adapter=method,
+        model={"pooling": "mean", **of_model},
+    )  # fmt: skip
     parts = assemble(settings.model_copy(update={"kernels": kernels}))
     parts.group.train()
     parts.group.activate(parts.group.members[0])
@@ -40,13 +41,16 @@ def attention(rows: int, length: int) -> int:
     return LAYERS * (2 + 5) * 2 * rows * length * length * HIDDEN
 
 
-@pytest.mark.parametrize("kernels", ["off", "torch"])
+@pytest.mark.parametrize(
+    ("kernels", "compute"), [("off", "full"), ("torch", "full"), ("torch", "int8"), ("torch", "bf16")]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_lora_by_hand(tmp_path, tiny_model, kernels, dropout):
+def test_lora_by_hand(tmp_path, tiny_model, kernels, compute, dropout, monkeypatch):
     """A frozen linear: x·Wᵀ and dy·W, the latter not where x needs no gradient (q, k, v of the first layer, from frozen
     embeddings, but for the way to their adapters). Its adapter: two products forward, four backward, three there."""
+    monkeypatch.setattr("peft_kernels._compiled._load", lambda: (None, "not in this test"))
     method = {"method": "lora", "rank": RANK, "dropout": dropout}
-    counted, rows, length = step_flops(tmp_path, tiny_model("bert"), method, kernels)
+    counted, rows, length = step_flops(tmp_path, tiny_model("bert"), method, kernels, frozen_compute=compute)
     tokens = rows * length
     expected = 0
     for place, (m, k, n) in enumerate(linears(tokens)):
@@ -79,6 +83,7 @@ def test_fused_products_on_cuda_by_their_shapes():
     """The formulas of the Triton operators, on fake tensors: nothing is launched."""
     from torch._subclasses import FakeTensorMode
 
+    import peft_kernels._frozen_ops
     import peft_kernels._lora_ops  # noqa: F401
 
     ours, (m, k, n) = torch.ops.peft_kernels, (11, 5, 7)
@@ -90,6 +95,25 @@ def test_fused_products_on_cuda_by_their_shapes():
         assert count_flops(lambda: ours.lora_ds_db(dy, b, low, 1.0)) == 2 * 2 * m * n * RANK
         assert count_flops(lambda: ours.lora_da(low, x, 0.1, seeds, 0)) == 2 * m * k * RANK
         assert count_flops(lambda: ours.lora_add_dx(x, low, a, 0.1, seeds, 0)) == 2 * m * k * RANK
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_frozen_products_by_their_shapes(rank):
+    from torch._subclasses import FakeTensorMode
+
+    import peft_kernels._frozen_ops  # noqa: F401
+
+    ours, (m, k, n) = torch.ops.peft_kernels, (11, 5, 7)
+    with FakeTensorMode():
+        x, dy, w = (torch.empty(*shape, dtype=torch.int8) for shape in ((m, k), (m, n), (n, k)))
+        of_rows, of_outputs = torch.empty(m), torch.empty(n)
+        low, a, b = (torch.empty(*shape) if rank else None for shape in ((m, rank), (rank, k), (n, rank)))
+        kind = torch.float32
+        assert count_flops(lambda: torch._int_mm(x, w.t())) == 2 * m * k * n
+        counted = count_flops(lambda: ours.frozen_product(x, of_rows, w, of_outputs, None, low, b, 1.0, kind))
+        assert counted == 2 * m * n * (k + rank)
+        counted = count_flops(lambda: ours.frozen_product_back(dy, of_rows, w, None, low, a, kind, 0.0, None, 0))
+        assert counted == 2 * m * k * (n + rank)
 
 
 def test_rate_of_matrix_products():

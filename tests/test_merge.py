@@ -149,6 +149,16 @@ def test_the_result_is_a_run_for_all_that_use_one(runs, tmp_path):
         assert torch.allclose(modules[module].get_delta_weight("default").double(), delta, rtol=1e-4, atol=1e-5)
 
 
+def test_the_sum_of_rounded_runs_stands_on_full_weights(runs, tmp_path):
+    """Nothing was trained with the sum: there is no record of what to round, and no need to."""
+    of = chat(Path(open_run(runs / "a").config.model.path), tmp_path, "rounded")
+    model = of.model.model_copy(update={"frozen_compute": "int8", "frozen_outliers": "smooth", "frozen_head": "int8"})
+    train(of.model_copy(update={"model": model}))
+    merge([(str(tmp_path / "rounded"), 0.5), (str(runs / "a"), 0.5)], tmp_path / "out")
+    assert open_run(tmp_path / "out").config.model.frozen_compute == "full"
+    assert evaluate(tmp_path / "out", "eval")["metrics"]["tokens"] > 0
+
+
 def test_heads_are_not_added_up(tiny_model, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", class_rows(30))
     for name in ("one", "two"):

@@ -1,13 +1,14 @@
 """LoRA and its variants, injected by the peft library."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -183,3 +184,28 @@ def member_of(model: Any, spec: MemberSpec, names: Sequence[str] = ()) -> Member
     for tensor in tensors.values():
         tensor.data = tensor.data.float()  # peft widens its adapters, not modules_to_save and biases (trap 17)
     return Member(spec, tensors)
+
+
+def move_weights_again(model: Any, adapter: str, names: Collection[str]) -> None:
+    """Undo `without_moved_weights` for some linears of a model with such an adapter: it is W - s·B₀·A₀ and B·A again.
+
+    In full precision that is the same function. Rounded it is not: what training rounded is W - s·B₀·A₀.
+
+    Args:
+        adapter: its name; it has twice the rank that it was trained with. Weights and adapter are changed in place.
+        names: of the linears, below peft's wrappers.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+            continue
+        if name.removeprefix("base_model.model.") not in names:
+            continue
+        base: Any = layer.get_base_layer()
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        rank = len(down) // 2
+        with torch.no_grad():
+            moved = layer.scaling[adapter] * up[:, rank:].contiguous() @ down[rank:].contiguous()
+            wide = base.weight.float()
+            base.weight.copy_(wide + (moved.t() if isinstance(base, Conv1D) else moved))
+        down.data, up.data = down.data[:rank].clone(), up.data[:, :rank].clone()
+        layer.r[adapter] = rank

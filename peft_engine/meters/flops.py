@@ -14,7 +14,8 @@ GEMM = {"cpu": 1024, "cuda": 8192, "mps": 2048}  # side of the square matrices
 def count_flops(step: Callable[[], object]) -> int:
     """Operations of the matrix products, convolutions and attentions that `step` runs, a multiply-add as two.
 
-    Element-wise work is not counted, recomputation is: what the machine does, not what the model needs.
+    Element-wise work is not counted, recomputation is: what the machine does, not what the model needs. Nor are
+    low-rank products that the compiled passes round int8 ones make on the way.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with counter:
@@ -23,12 +24,14 @@ def count_flops(step: Callable[[], object]) -> int:
 
 
 def _formulas() -> dict[Any, Any]:
-    """What torch's table lacks: products added in place, attention on CPUs, the fused kernels on CUDA."""
-    import peft_kernels._lora_ops  # noqa: F401 (registers its operators)
+    """What torch's table lacks: products added in place or of int8, attention on CPUs, the fused kernels on CUDA."""
+    import peft_kernels._frozen_ops
+    import peft_kernels._lora_ops  # noqa: F401 (both register their operators)
 
     aten, ours = torch.ops.aten, torch.ops.peft_kernels
     return {
         aten.addmm_: _addmm,
+        aten._int_mm: _mm,
         aten.baddbmm_: _baddbmm,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -36,7 +39,13 @@ def _formulas() -> dict[Any, Any]:
         ours.lora_ds_db: _ds_db,
         ours.lora_da: _da,
         ours.lora_add_dx: _add_dx,
+        ours.frozen_product: _frozen,
+        ours.frozen_product_back: _frozen_back,
     }
+
+
+def _mm(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _addmm(into: Shape, left: Shape, right: Shape, *_: Any, **__: Any) -> int:
@@ -69,6 +78,14 @@ def _da(d_low: Shape, x: Shape, *_: Any, **__: Any) -> int:
 
 def _add_dx(dx: Shape, d_low: Shape, *_: Any, **__: Any) -> int:
     return 2 * d_low[0] * d_low[1] * dx[1]
+
+
+def _frozen(codes: Shape, row_scale: Shape, w: Shape, scale: Shape, bias: Any, low: Any, *_: Any, **__: Any) -> int:
+    return 2 * codes[0] * w[0] * (codes[1] + (low[1] if low else 0))
+
+
+def _frozen_back(codes: Shape, row_scale: Shape, w: Shape, factor: Any, d_low: Any, *_: Any, **__: Any) -> int:
+    return 2 * codes[0] * w[1] * (codes[1] + (d_low[1] if d_low else 0))
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> dict[str, Any]:

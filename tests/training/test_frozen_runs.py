@@ -1,6 +1,7 @@
 """Runs whose frozen linears are codes: what run.json says, resume, and the use of a finished run as it was trained."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from comparing import Crash, changed, crash_at, outcome
 from tiny import assemble, class_rows, config, pair_rows, write_rows
+from tiny_seq2seq import SEQ2SEQ, copy_rows, make_seq2seq
 
 from peft_engine.adapters.fusing.frozen_linear import frozen_of
 from peft_engine.adapters.fusing.frozen_record import FILE, read_record
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError, StorageError
+from peft_engine.generation import matched
 from peft_engine.run import train
 from peft_engine.using import evaluate, export, generate, open_run, predict
 
@@ -48,6 +51,9 @@ def test_a_run_says_what_it_froze_and_is_used_as_it_was_trained(task, lever, tin
     assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
     opened = open_run(tmp_path / "run")
     assert sum(frozen_of(m) is not None for m in opened.group.model.modules()) == kernels["frozen"]["int8"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert matched(opened.group.model).fast_dtype == torch.bfloat16  # codes are no dtype to compute in
     full = open_run(tmp_path / "run", ("model.frozen_compute=full", "model.frozen_outliers=none"))
     assert not any(frozen_of(m) is not None for m in full.group.model.modules())
     if task == "causal-lm":
@@ -120,7 +126,36 @@ def test_starts_that_are_made_of_the_weights_come_first(init, tiny_model, tmp_pa
     assert all(torch.equal(t, starts[1][name]) for name, t in starts[0].items())
 
 
-@pytest.mark.parametrize("method", ["bitfit", "head", "houlsby", "prompt", "ia3"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_weights_that_a_start_moved_are_moved_again(init, tiny_model, tmp_path) -> None:
+    """What was rounded is what the start left of the weight; the adapter file stands on the whole one."""
+    given = settings(tiny_model, tmp_path)
+    summary = train(given.model_copy(update={"adapter": given.adapter.model_copy(update={"init": init})}))
+    assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
+    assert export(tmp_path / "run")[1].relative < 1e-3
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("compute", ["int8", "bf16"])
+def test_encoder_decoders_compute_nearly_the_same(family, compute, tmp_path) -> None:
+    """T5's feed-forward casts x to the dtype of a weight, which would be that of the codes."""
+    model, rows = make_seq2seq(family, tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", copy_rows(30))
+    losses = {}
+    for one in ("full", compute):
+        summary = train(config(
+            "seq2seq", model, rows, tmp_path / one, model={"frozen_compute": one}, adapter={"rank": 4},
+            data={"split": {"eval": 0.2, "test": 0.0}}, training={"steps": 4, "batch_size": 4, "learning_rate": 0.01},
+        ))  # fmt: skip
+        losses[one] = [summary["metrics"][when]["loss"] for when in ("before", "after")]
+    assert losses[compute] == pytest.approx(losses["full"], rel=0.03)
+    kept = json.loads((tmp_path / compute / "run.json").read_text())["kernels"]["kept_full"]
+    read = [name for name, reason in kept.items() if reason == "the module that it is in reads its weight"]
+    assert all(name.endswith(".wo") for name in read)
+    assert bool(read) == family.startswith("t5")
+    assert evaluate(tmp_path / compute, "eval")["metrics"]["loss"] == losses[compute][1]
+
+
+@pytest.mark.parametrize("method", ["bitfit", "head", "houlsby", "prompt"])
 def test_other_methods_run_over_codes(method, tiny_model, tmp_path) -> None:
     family = {"bitfit": "gpt2"}.get(method, "llama")
     rows = write_rows(tmp_path / "rows.jsonl", pair_rows(20))
@@ -132,6 +167,20 @@ def test_other_methods_run_over_codes(method, tiny_model, tmp_path) -> None:
     summary = train(given)
     assert summary["kernels"]["frozen"]["int8"] > 0
     assert evaluate(tmp_path / "run", "eval")["metrics"] == summary["metrics"]["after"]
+
+
+def test_a_method_that_leaves_nothing_to_freeze_is_told(tiny_model, tmp_path) -> None:
+    """IA3 on all linears: peft's layers may read their weights, and lm_head is the head."""
+    given = settings(tiny_model, tmp_path)
+    ia3 = given.adapter.model_validate({"method": "ia3"})
+    with pytest.raises(
+        ConfigError, match=r"got int8, and none of this model's 15 linears can be rounded.*peft's Linear"
+    ):
+        train(given.model_copy(update={"adapter": ia3}))
+    auto = given.model.model_copy(update={"frozen_compute": "auto"})
+    summary = train(given.model_copy(update={"adapter": ia3, "model": auto, "output": str(tmp_path / "auto")}))
+    assert summary["decisions"]["frozen_compute"].startswith("auto: full, as none of this model's 15 linears")
+    assert evaluate(tmp_path / "auto")["metrics"] == summary["metrics"]["after"]
 
 
 def test_packing_and_checkpointing_over_codes(tiny_model, tmp_path) -> None:

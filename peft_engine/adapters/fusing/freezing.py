@@ -29,7 +29,7 @@ from .frozen_record import BOUND, FrozenRecord
 from .linears import why_not
 from .modules import subclass
 from .outliers import Lever, Outliers, choose, collect
-from .reading import shared_inputs
+from .reading import shared_inputs, weights_read
 from .state import Fused, RowSeeds, hooked, original_class, salt_of, swap
 
 LINEARS = (nn.Linear, Conv1D)
@@ -79,12 +79,13 @@ def decide(
             allows no lever.
 
     Raises:
-        ConfigError: a format that this device lacks, or a lever without data or for a format that needs none.
+        ConfigError: a format asked for by name that this device lacks or that suits no linear, or a lever without data
+            or for a format that needs none.
         Diverged: the model gives numbers that are not finite on the calibration batch.
     """
     places, kept = find_places(model)
     if not places:
-        return FrozenRecord(None, "full: no linear of this model is frozen", lever, bound, kept_full=kept)
+        return _nothing_to_freeze(asked, kept, FrozenRecord(None, "", lever, bound, kept_full=kept))
     shapes = [tuple(place.weight.shape) for place in places]
     commonest = max(sorted(set(shapes)), key=lambda shape: (shapes.count(shape) * shape[0] * shape[1], shape))
     device, own = places[0].weight.device, places[0].weight.dtype
@@ -121,6 +122,17 @@ def decide(
     return record
 
 
+def _nothing_to_freeze(asked: FrozenCompute, kept: dict[str, str], record: FrozenRecord) -> FrozenRecord:
+    """No linear may be rounded: what was asked for by name is refused, `auto` says so."""
+    reasons = [*kept.values()]
+    most = max(reasons, key=reasons.count, default="it has none")
+    told = f"none of this model's {len(kept)} linears can be rounded, most of them because: {most}"
+    if asked != "auto":
+        raise ConfigError(f"frozen_compute: got {asked}, and {told}.", "Set it to full, or train lora.")
+    record.why = f"auto: full, as {told}"
+    return record
+
+
 def _on_cpu(one: Outliers) -> Outliers:
     """The record goes to other processes and into a file."""
     return Outliers(*(None if t is None else t.cpu() for t in (one.smooth, one.columns)))
@@ -147,6 +159,9 @@ def find_places(model: nn.Module) -> tuple[list[Place], dict[str, str]]:
             continue  # an adapter's own A or B
         name = plain_name(full_name)
         reason = _refusal(module, owner, any(end is module or end is owner for end in heads), users)
+        above, _, own = full_name.removesuffix(".base_layer").rpartition(".")
+        if not reason and own in weights_read(original_class(model.get_submodule(above))):
+            reason = "the module that it is in reads its weight"
         if reason:
             kept[name] = reason
         else:

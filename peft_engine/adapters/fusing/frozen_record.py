@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from peft_kernels._frozen_units import Format
 
+from ...config_frozen import BOUND
 from ...errors import StorageError
 from .outliers import Lever, Outliers
 
 FILE = "frozen.safetensors"
 """Its name in a run directory."""
 SCHEMA = "peft-engine frozen 1"
-BOUND = 0.05
 
 
 @dataclass

@@ -58,6 +58,15 @@ def shared_inputs(cls: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
+@once_each
+def weights_read(cls: type[nn.Module]) -> frozenset[str]:
+    """Names of children whose weight `cls.forward` reads itself: T5 looks at a dtype, others multiply by themselves."""
+    tree = forward_tree(cls)
+    nodes = [] if tree is None else [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    paths = [attribute_of_self(node) or "" for node in nodes]
+    return frozenset(path.removesuffix(".weight") for path in paths if path.endswith(".weight"))
+
+
 def _blocks(tree: ast.FunctionDef) -> list[list[ast.stmt]]:
     """Runs of simple statements that are executed one after the other."""
     runs: list[list[ast.stmt]] = []
