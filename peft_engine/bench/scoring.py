@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,7 @@ def load(folder: Path) -> Results:
         raise ConfigError(f"{folder}: no results here, expected {folder / 'cells'}.", "Run `peft-engine bench` first.")
     good, bad = read_records(folder)
     suite, problem = _suite(folder)
-    found = Results(folder, suite or _as_recorded(list(good.values())))
+    found = Results(folder, _as_recorded(list(good.values())) | suite)
     found.left_out = [{"cell": name, "reason": unplaced(reason, folder).rstrip(".")} for name, reason in bad.items()]
     if problem:
         reason = f"{unplaced(problem, folder)}; without it the reference is taken to be {found.reference}"
@@ -157,7 +158,7 @@ def unplaced(text: str, folder: Path) -> str:
 
 
 def _suite(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The folder's suite, and what is wrong with it; then it is empty."""
+    """The folder's suite, and what is wrong with it; sections that are wrong are not in it."""
     path = folder / "suite.yaml"
     if not path.is_file():
         return {}, None
@@ -167,7 +168,10 @@ def _suite(folder: Path) -> tuple[dict[str, Any], str | None]:
         return {}, "can't be read: " + " ".join(str(getattr(error, "problem", error)).rstrip(".").split())
     if suite is None:
         return {}, "holds no settings"
-    return ({}, f"has something else than a suite's {', '.join(wrong)}") if wrong else (suite, None)
+    kept = {
+        name: value for name, value in suite.items() if not any(re.match(rf"{re.escape(name)}\b", w) for w in wrong)
+    }
+    return kept, f"has something else than a suite's {', '.join(wrong)}" if wrong else None
 
 
 def _as_recorded(records: list[Record]) -> dict[str, Any]:
