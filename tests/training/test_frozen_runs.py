@@ -201,6 +201,13 @@ def test_an_int8_head_is_told(tiny_model, tmp_path) -> None:
     assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
 
 
+def test_a_head_that_can_not_be_read_in_int8_is_told(tiny_model, tmp_path) -> None:
+    given = settings(tiny_model, tmp_path, frozen_head="int8")
+    adapter = given.adapter.model_copy(update={"targets": ["q_proj", "lm_head"]})
+    told = train(given.model_copy(update={"adapter": adapter}))["decisions"]["frozen_compute"]
+    assert "the head stays in full precision: it trains" in told
+
+
 def test_hardware_that_lacks_a_format_is_named(tiny_model, tmp_path) -> None:
     with pytest.raises(ConfigError, match="got fp8, and CPUs have no fp8 units"):
         train(settings(tiny_model, tmp_path, frozen_compute="fp8"))

@@ -29,6 +29,8 @@ from .reading import shared_inputs
 from .sharing import SharedInput, SharingForward
 from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
 
+HEAD = "the head in the loss"
+"""Its name among what stays in full precision."""
 __all__ = ["FrozenRecord", "FuseReport", "RowSeeds", "fuse", "fuses_loss", "row_seeds", "unfuse"]
 
 
@@ -74,11 +76,16 @@ class FuseReport:
         unseen = sum("does not reach" in reason for reason in record.kept_full.values())
         worst = max((record.errors[name] for name in record.frozen), default=0.0)
         seen = f"on {record.rows} rows" if record.rows else "on random numbers"
-        parts = [f"{record.why}; {len(record.frozen)} linears, the largest error {worst:.4f} {seen}"]
+        rounded = (
+            f"{len(record.frozen)} linears, the largest error {worst:.4f} {seen}" if record.frozen else "no linear"
+        )
+        parts = [f"{record.why}; {rounded}"]
         parts += [f"{kept} above the bound of {record.bound:g} stay in full precision"] if kept else []
         parts += [f"{unseen} are not reached by the calibration batch and stay so too"] if unseen else []
         parts += [f"outliers: {record.lever}"] if record.lever != "none" else []
-        parts += ["the loss reads the head in int8"] if record.head else []
+        if record.head:
+            full = record.kept_full.get(HEAD)
+            parts.append(f"the head stays in full precision: {full}" if full else "the loss reads the head in int8")
         return "; ".join([*parts, f"passes: {self.passes}"])
 
     def to_json(self) -> dict[str, Any]:
@@ -166,6 +173,8 @@ def fuse(
     for name, module in named:
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             _swap_loss(name, module, chosen, rows, report)
+    if record is not None and record.head and "linear_cross_entropy" not in report.swapped.values():
+        report.kept_full[HEAD] = "the loss of this model is not fused"
     if report.frozen:
         for _, module in named:
             if ATTRIBUTE in module.__dict__:
@@ -370,6 +379,6 @@ def _swap_loss(name: str, model: Any, backend: Backend, rows: RowSeeds, report: 
         refused = loss.why_not_int8(head, logits)
         state.extra["int8_head"] = refused is None
         if refused:
-            report.kept_full["the head in the loss"] = refused
+            report.kept_full[HEAD] = refused
     swap(model, modules.subclass(original_class(model), loss.CausalLossForward), state)
     report.swapped[label] = "linear_cross_entropy"
