@@ -1,11 +1,13 @@
 """The benchmark verbs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from .cli_tools import AS_JSON, files, show_found
 from .errors import ConfigError, EngineError
+from .printing import counted
 
 
 @click.command()
@@ -31,12 +33,16 @@ def bench(
     peft-engine bench benchmarks/suites/quick-text.yaml --dry-run
     peft-engine bench benchmarks/suites/quick-text.yaml
     """
-    from .bench.results import open_results
+    from .bench.results import DIVERGED, open_results
     from .bench.running import Bench, worst
 
     results = open_results(suite, output)
     if only is not None and not any(cell.matches(only) for cell in results.cells()):
-        later = any(cell.matches(only) for cell in results.possible())
+        later, lost = {cell.method for cell in results.possible() if cell.matches(only)}, results.diverged()
+        if later and later <= set(lost):
+            raise ConfigError(
+                f"--only {only}: none can run: {_lost(lost, sorted(later))}", _other_grid(results, sorted(later))
+            )
         raise ConfigError(
             f"--only {only}: no cell of {results.suite.name} has such a name"
             + (" yet: they wait for their learning rates." if later else "."),
@@ -56,14 +62,36 @@ def bench(
     _write_report(results)
     found = _overview(results, only, None, jobs)
     show_found(found, as_json, lambda: _print_end(found))
-    if found["failed"]:
-        lines = "\n".join(f"  {one['cell']}: {one['reason']}" for one in found["failed"])
-        failure = EngineError(
-            f"{len(found['failed'])} cells failed:\n{lines}",
-            "Their logs are in the results folder, under work/; the same command tries them again.",
-        )
-        failure.exit_code = worst([one["exit_code"] for one in found["failed"]])
+    if found["failed"] or found["diverged"]:
+        failure = _failed(results, found)
+        failure.exit_code = worst([one["exit_code"] for one in found["failed"]] + [DIVERGED] * len(found["diverged"]))
         raise failure
+
+
+def _failed(results: Any, found: dict[str, Any]) -> EngineError:
+    """What a bench ends with whose cells did not all come to a record."""
+    told, fixes = [], []
+    if cells := found["failed"]:
+        told += [f"{counted(len(cells), 'cell')} failed:", *(f"  {one['cell']}: {one['reason']}" for one in cells)]
+        fixes.append("The logs are in the results folder, under work/; the same command tries again.")
+    if lost := found["diverged"]:
+        told.append(_lost(lost, lost))
+        fixes.append(_other_grid(results, lost))
+    return EngineError("\n".join(told), " ".join(fixes))
+
+
+def _lost(diverged: dict[str, list[float]], methods: Iterable[str]) -> str:
+    grids = (f"{name} ({', '.join(f'{rate:g}' for rate in diverged[name])})" for name in methods)
+    return f"Every learning rate diverged of {', '.join(grids)}."
+
+
+def _other_grid(results: Any, methods: Iterable[str]) -> str:
+    """What to do where a whole grid diverged: to run it again would tell the same."""
+    own = [f"methods.{name}.learning_rates" for name in methods if results.suite.methods[name].learning_rates]
+    shared = [name for name in methods if not results.suite.methods[name].learning_rates]
+    if shared:
+        own.append(f"tuning.learning_rates, or give own learning_rates to {', '.join(shared)}")
+    return f"Lower {', '.join(own)}: the same rates would diverge again."
 
 
 def _say(text: str) -> None:
@@ -106,11 +134,8 @@ def _overview(results: Any, only: str | None, limit: int | None, jobs: int) -> d
         for cell in matching
         if states[cell.name] == "failed"
     ]
-    failed += [
-        {"cell": f"{method}/rate", "reason": "every learning rate of its grid diverged", "exit_code": 5}
-        for method in results.waiting()
-        if _all_diverged(results, method) and (only is None or any(cell.method == method for cell in matching))
-    ]
+    met = {cell.method for cell in matching}
+    diverged = {method: rates for method, rates in results.diverged().items() if method in met}
     chosen = {method: results.choice(method) for method in suite.methods}
     return {
         "suite": suite.name,
@@ -121,6 +146,7 @@ def _overview(results: Any, only: str | None, limit: int | None, jobs: int) -> d
         "open": [cell.name for cell in ahead],
         "waiting_for_learning_rate": waiting,
         "failed": failed,
+        "diverged": diverged,
         "damaged": results.damaged,
         "learning_rates": chosen,
         "at_the_edge": {m: one["edge"] for m, one in chosen.items() if one and one["edge"]},
@@ -129,18 +155,18 @@ def _overview(results: Any, only: str | None, limit: int | None, jobs: int) -> d
     }  # fmt: skip
 
 
-def _all_diverged(results: Any, method: str) -> bool:
-    return all(results.state(cell) == "diverged" for cell in results.search(method))
-
-
 def _print_overview(found: dict[str, Any]) -> None:
     width = max(len(cell["name"]) for cell in found["cells"]) if found["cells"] else 0
     for cell in found["cells"]:
         click.echo(f"{cell['name']:<{width}}  {cell['state']}")
     for method, count in found["waiting_for_learning_rate"].items():
-        click.echo(f"{method}-final: {count} cells, once its learning rate is chosen")
+        click.echo(f"{method}-final: {counted(count, 'cell')}, once its learning rate is chosen")
+    for method, rates in found["diverged"].items():
+        grid = ", ".join(f"{rate:g}" for rate in rates)
+        click.echo(f"{method}-final: can't run, every learning rate of its grid diverged ({grid}); lower the grid")
     waiting = sum(found["waiting_for_learning_rate"].values())
-    click.echo(f"\n{len(found['cells']) + waiting} cells, {len(found['open']) + waiting} of them to run")
+    count = counted(len(found["cells"]) + waiting, "cell")
+    click.echo(f"\n{count}, {len(found['open']) + waiting} of them to run")
     predicted, stated = found["predicted"], found["stated_minutes"]
     limit = f"; the suite states {stated:g}" if stated else ""
     if predicted["seconds"] is None:

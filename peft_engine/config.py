@@ -15,6 +15,7 @@ from peft_engine.config_model import ModelConfig, Pattern, Section
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes them
 TaskName = Literal[
     "causal-lm",
     "text-classification",
@@ -273,7 +274,7 @@ class TrainingConfig(Section):
     """Decoupled decay, not on biases and norms."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the gradient's global norm; null is off."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, data order and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype. `auto`: bf16 on CUDA that has it, fp16 on older CUDA, else fp32. Trained weights are fp32."""

@@ -93,7 +93,9 @@ def expected(schema: Schema, many: bool = False) -> str:
         low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
         high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
         bounds = [f"of at least {low:g}"] if low is not None else [f"above {above:g}"] if above is not None else []
-        bounds += [f"at most {high:g}"] if high is not None else [f"below {below:g}"] if below is not None else []
+        bounds += (
+            [f"at most {high:g}"] if high is not None else [f"below {_number(below)}"] if below is not None else []
+        )
         return " ".join([noun, " and ".join(bounds)]).strip()
     if kind == "array":
         fixed = schema.get("prefixItems")
@@ -105,6 +107,10 @@ def expected(schema: Schema, many: bool = False) -> str:
         return f"a mapping of names to {expected(values, many=True)}" if isinstance(values, dict) else "a mapping"
     words = {"boolean": "true or false", "null": "null", "string": "texts" if many else "text"}
     return words.get(str(kind), "a value")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) and value >= 1e6 else f"{value:g}"
 
 
 def got(value: Any, origin: Origin | None) -> str:

@@ -5,6 +5,11 @@ from typing import Any
 import click
 
 
+def counted(number: int, what: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def print_summary(summary: dict[str, Any], output: str) -> None:
     """What a person wants to know after training."""
     metrics = summary["metrics"]

@@ -84,6 +84,8 @@ def test_unknown_key(name: str, nearest: str) -> None:
         ("adapter.rank", "null", "got nothing (null), expected a whole number of at least 1"),
         ("adapter.alpha", "true", "got true (a switch), expected a number above 0"),
         ("adapter.dropout", "1", "got 1 (a number), expected a number of at least 0 and below 1"),
+        ("training.seed", "-1", "got -1 (a number), expected a whole number of at least 0 and below 4,294,967,296"),
+        ("training.seed", str(2**70), "expected a whole number of at least 0 and below 4,294,967,296"),
         ("data.max_dropped", "1.1", "got 1.1 (a number), expected a number of at least 0 and at most 1"),
         ("training.learning_rate", ".inf", "got .inf (a number), expected a number above 0; it must be finite"),
         ("training.learning_rate", "1e-4x", "got 1e-4x (text), expected a number above 0"),

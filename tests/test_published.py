@@ -15,6 +15,7 @@ from tiny import config, sentence, write_rows
 
 from peft_engine.answers import as_number, final_answer, is_right
 from peft_engine.bench.published import figures_of, read_publication
+from peft_engine.bench.refusals import MADE_IN, PREPARED
 from peft_engine.bench.suite import Published
 from peft_engine.config import Config
 from peft_engine.data.loading import load_splits
@@ -150,6 +151,18 @@ def test_text8_is_cut_without_loss(tmp_path, tiny_model):
         prepare.TEXT8_PARTS = prepare_sizes
     rows = [json.loads(line)["text"] for line in (tmp_path / "text8-test.jsonl").read_text().splitlines()]
     assert "".join(rows) == text[1500:1900]
+
+
+@pytest.mark.parametrize("words", PREPARED)
+def test_the_bench_knows_what_is_made_of_which_words(tmp_path, monkeypatch, words):
+    row = {"query": "a", "response": "b", "question": "a", "answer": "#### 1", "instruction": "a", "output": "b"}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, split: [row])
+    monkeypatch.setattr(prepare, "TEXT8_PARTS", {"train": 4, "valid": 2, "test": 2})
+    monkeypatch.chdir(tmp_path)
+    Path("text8").write_text(" one two")
+    _prepare(*words.split(), "--folder", "made")
+    assert sorted(path.name for path in Path("made").iterdir()) == sorted(PREPARED[words])
+    assert prepare.DATA == prepare.ROOT / MADE_IN
 
 
 def _prepare(*words):

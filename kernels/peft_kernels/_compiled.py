@@ -53,7 +53,8 @@ def _load() -> tuple[Any, str]:
         return None, "no C++ compiler was found"
     try:
         version = _run([*found, "--version"]).splitlines()[0]
-        made_of = [SOURCE.read_text(encoding="utf-8"), version, *BASE, *sum(TUNED, ()), _cpu()]
+        sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.iterdir()) if path.is_file()]
+        made_of = [*sources, version, *BASE, *sum(TUNED, ()), _cpu()]
         key = hashlib.sha256("\0".join(made_of).encode())
         path = _folder() / f"passes-{key.hexdigest()[:24]}.so"
         if not path.exists():
@@ -161,6 +162,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "swiglu_back": [_P, _N, _P, _N, _P, _N, _N, _N, _P, _P, _T],
     "rms_norm": [_P, _N, _P, _N, _N, _F, _P, _P, _T],
     "rms_norm_back": [_P, _N, _P, _N, _P, _P, _N, _N, _P, _T],
+    "zero_places": [_P, _N, _N, _N, _P, _T],
+    "softmax_rows": [_P, _N, _N, _P, _T],
+    "softmax_again": [_P, _N, _N, _P, _T],
+    "softmax_back": [_P, _P, _P, _N, _N, _T],
     "drop_down": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _N, _T],
     "draw_places": [_P, _N, _N, _N, _F, _P, _T],
     "drop_back": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _P, _N, _N, _P, _N, _P, _N, _T],

@@ -182,7 +182,11 @@ def _drop(x: Tensor, p: float, seeds: Tensor, salt: int, triton: bool, passes: b
     if triton:
         return _triton_dropout(x, seeds, salt, p)
     out = torch.mul(x, 1 / keep_rate(p, triton), out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    places = dropped(seeds, salt, _sample_size(x, seeds), p, passes)
+    size = _sample_size(x, seeds)
+    places = dropped(seeds, salt, size, p, passes)
+    if passes and places.numel() and compiled.usable(out):
+        compiled.call("zero_places", places, len(seeds), len(places) // len(seeds), size, out)
+        return out
     if type(out) is Tensor and not torch.compiler.is_compiling():
         out.view(-1).index_fill_(0, places[places < out.numel()], 0)
         return out

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _compiled as compiled
 from .dropout import check, dropped, keep_rate
 
 CACHE_BYTES = 2**21
@@ -43,8 +44,9 @@ def _parts(query: Tensor, key: Tensor) -> int:
     return max(1, CACHE_BYTES * max(1, torch.get_num_threads()) // max(1, size))
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    scores = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Z, from a query that is scaled already."""
+    scores = torch.matmul(query, key.transpose(2, 3))
     if mask is None:
         return scores
     return scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
@@ -52,6 +54,14 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Te
 
 def _of(mask: Tensor | None, part: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[part]
+
+
+def _drop(whole: Tensor, samples: int, places: Tensor, passes: bool) -> None:
+    """Zeros at `places` of so many samples; `whole` has one element more than they have together."""
+    if passes:
+        compiled.call("zero_places", places, samples, len(places) // samples, (len(whole) - 1) // samples, whole)
+    else:
+        whole.index_fill_(0, places, 0)
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -70,17 +80,22 @@ class _DroppedAttention(torch.autograd.Function):
     ) -> Tensor:
         B, H, T, _ = query.shape
         S, step = key.shape[2], _parts(query, key)
+        fast = passes and compiled.usable(query, key, value)
         out = query.new_empty(B, T, H, value.shape[3]).transpose(1, 2)
         lse = query.new_empty(B, H, T, 1)
         for start in range(0, B, step):
             part = slice(start, min(start + step, B))
-            scores = _scores(query[part], key[part], _of(mask, part), scale)
-            torch.logsumexp(scores, -1, keepdim=True, out=lse[part])
-            lse[part].masked_fill_(lse[part] == -torch.inf, 0)
+            scores = _scores(query[part] * scale, key[part], _of(mask, part))
             buffer = scores.new_empty(scores.numel() + 1)
             kept = buffer[:-1].view(scores.shape)
-            torch.sub(scores, lse[part], out=kept).exp_()
-            buffer.index_fill_(0, dropped(seeds[part], salt, H * T * S, p, passes), 0)
+            if fast:
+                kept.copy_(scores)
+                compiled.call("softmax_rows", kept, len(kept) * H * T, S, lse[part])
+            else:
+                torch.logsumexp(scores, -1, keepdim=True, out=lse[part])
+                lse[part].masked_fill_(lse[part] == -torch.inf, 0)
+                torch.sub(scores, lse[part], out=kept).exp_()
+            _drop(buffer, len(kept), dropped(seeds[part], salt, H * T * S, p, passes), fast)
             out[part] = torch.matmul(kept, value[part]).mul_(1 / keep_rate(p, False))
         ctx.save_for_backward(query, key, value, mask, out, lse, seeds)
         ctx.settings = scale, p, salt, passes
@@ -93,23 +108,32 @@ class _DroppedAttention(torch.autograd.Function):
         scale, p, salt, passes = ctx.settings
         B, H, T, _ = query.shape
         S, step, rate = key.shape[2], _parts(query, key), keep_rate(p, False)
+        fast = passes and compiled.usable(query, key, value, lse)
         dq, dk, dv = (_like(t) for t in (query, key, value))
         for start in range(0, B, step):
             part = slice(start, min(start + step, B))
-            q, k, v, g = query[part], key[part], value[part], dy[part]
-            P = _scores(q, k, _of(mask, part), scale).sub_(lse[part]).exp_()
+            q, k, v, g = query[part] * scale, key[part], value[part], dy[part]
+            P = _scores(q, k, _of(mask, part))
+            if fast:
+                compiled.call("softmax_again", P, len(P) * H * T, S, lse[part])
+            else:
+                P.sub_(lse[part]).exp_()
             places = dropped(seeds[part], salt, H * T * S, p, passes)
             buffer = P.new_empty(P.numel() + 1)
             other = buffer[:-1].view(P.shape)
             other.copy_(P)
-            buffer.index_fill_(0, places, 0)
+            _drop(buffer, len(P), places, fast)
             g = g * (1 / rate)
             dv[part] = torch.matmul(other.transpose(2, 3), g)
             torch.matmul(g, v.transpose(2, 3), out=other)
-            buffer.index_fill_(0, places, 0)
-            other.sub_((g * out[part]).sum(-1, keepdim=True).mul_(rate)).mul_(P)
+            _drop(buffer, len(P), places, fast)
+            shares = (g * out[part]).sum(-1, keepdim=True).mul_(rate)
+            if fast:
+                compiled.call("softmax_back", other, P, shares, len(P) * H * T, S)
+            else:
+                other.sub_(shares).mul_(P)
             dq[part] = torch.matmul(other, k).mul_(scale)
-            dk[part] = torch.matmul(other.transpose(2, 3), q).mul_(scale)
+            dk[part] = torch.matmul(other.transpose(2, 3), q)
         return dq, dk, dv, None, None, None, None, None, None
 
 
@@ -137,7 +161,7 @@ def dropped_attention(
         mask: bool (True attends) or additive, (B or 1, H or 1, T or 1, S), without gradient; None.
         p: rate of dropout, 0 < p < 1.
         seeds: int64 (B,); salt: the layer's number. They name the mask of (H, T, S) numbers of each sample.
-        passes: as in `dropout.dropped`.
+        passes: let compiled passes do the softmax and the dropping, where they run: other rounding.
 
     Returns:
         (B, H, T, E), laid out as (B, T, H, E). Differentiable once in query, key and value; nothing is modified. A row

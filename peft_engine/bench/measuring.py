@@ -332,7 +332,10 @@ def _reference_answers(spec: Mapping[str, Any], splits: Splits, task: Task) -> d
         if answer:
             wanted[row] = str(answer).strip()
     if not wanted:
-        raise DataError("evaluation.generate_rows: the test rows have no answers to compare with.", "Set it to 0.")
+        problem = f"evaluation.generate_rows: got {asked}, and the test rows have no answers to compare with."
+        raise DataError(
+            problem, "Set evaluation.generate_rows to 0, or give rows with answers (prompt and completion)."
+        )
     return wanted
 
 

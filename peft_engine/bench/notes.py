@@ -4,6 +4,7 @@ from collections.abc import Callable
 from statistics import median_low
 from typing import Any
 
+from ..printing import counted
 from .likeness import told_commit
 
 
@@ -50,10 +51,6 @@ def notes(found: dict[str, Any]) -> list[str]:
             "by their own in the others."
         )
     return lines
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _otherwise(found: dict[str, Any]) -> list[str]:

@@ -33,10 +33,9 @@ def probe(
     suite = results.suite
     cell = results.final(suite.reference, suite.rates(suite.reference)[0])[0]
     say(f"No cell has trained yet: timing a few steps of {cell.method} in a process of its own. Nothing is recorded.")
-    near = next(folder for folder in (results.folder, *results.folder.absolute().parents) if folder.is_dir())
     stopped: list[str] = []
-    # beside the results, where a cell's files would be, and not in a /tmp that a large model fills
-    with storage_errors(near), tempfile.TemporaryDirectory(prefix=".probe-", dir=near) as place:
+    # in the system's folder, which is tidied when this process is killed; TMPDIR names a larger one
+    with storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="peft-engine-probe-") as place:
         folder = Path(place)
         more = {"command": command(), "cells_at_once": jobs, "tuned": None, "forgetting_before": None, "probe": True}
         spec = spec_of(cell, suite.name, suite.general_text, **more)

@@ -17,13 +17,20 @@ from .suite import GeneralText, Suite
 
 JUDGED = (*TEXT, "image-classification")
 """Tasks whose test rows are judged one by one."""
+MADE_IN = Path(".assets/data")
+PREPARED = {
+    "gsm8k": ("metamathqa.jsonl", "gsm8k-valid.jsonl", "gsm8k-test.jsonl"),
+    "alpaca2k": ("alpaca2k.jsonl",),
+    "text8 --source text8": ("text8-train.jsonl", "text8-valid.jsonl", "text8-test.jsonl"),
+}
+"""What benchmarks/published/prepare.py is told → the files that it then makes."""
 DOUBT = 16  # bytes of text per wanted token that are surely enough
 
 
 def check_suite(suite: Suite) -> None:
     """Raises ConfigError with all faults."""
-    faults = [*method_faults(suite), *_task(suite), *_splits(suite), *_answers(suite), *_general_text(suite)]
-    faults += _published(suite)
+    faults = [*method_faults(suite), *_task(suite), *_unprepared(suite), *_splits(suite), *_answers(suite)]
+    faults += [*_general_text(suite), *_published(suite)]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -33,6 +40,17 @@ def _task(suite: Suite) -> Iterator[str]:
     if task in PREFERENCE:
         text = f"config.task: got {task}, expected one of {', '.join(JUDGED)}"
         yield f"{text}: methods are compared on single test rows, and {task} judges none"
+
+
+def _unprepared(suite: Suite) -> Iterator[str]:
+    """Data of published figures that a script makes: what near names there are in its folder helps nobody."""
+    given = [lookup(suite.config, f"data.{name}") for name in ("train", "eval", "test")]
+    missing = [Path(path) for path in given if isinstance(path, str) and not Path(path).exists()]
+    for words, files in PREPARED.items():
+        lacking = [str(path) for path in missing if path.parent == MADE_IN and path.name in files]
+        if lacking:
+            text = f"config.data: there is no {', '.join(lacking)}"
+            yield f"{text}; `python benchmarks/published/prepare.py {words}` makes what this suite needs"
 
 
 def _splits(suite: Suite) -> Iterator[str]:

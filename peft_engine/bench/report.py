@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError
+from ..printing import counted
 from .claims import told_claim
-from .notes import counted, notes
+from .notes import notes
 from .plots import plots
 from .scoring import load
 from .tables import table

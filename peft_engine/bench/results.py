@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .cells import Cell, baseline_cell, final_cells, tuning_cells
 from .records import read_records
 from .refusals import check_suite
-from .suite import SMALLER_IS_BETTER, Suite, load_suite
+from .suite import SMALLER_IS_BETTER, Suite, load_suite, metrics_in
 
 DIVERGED = 5  # exit code
 
@@ -113,7 +113,7 @@ class Results:
         """Raises ConfigError where a record of test metrics has none that the suite ranks by."""
         info = record["train_info"]
         found = info["metrics_after"] or info["metrics_before"] or {}
-        known = [name for name, value in found.items() if value is None or isinstance(value, int | float)]
+        known = metrics_in(found)
         if self.suite.primary is not None and found and self.suite.primary not in known:
             raise ConfigError(
                 f"primary: got {self.suite.primary}, expected a metric of {record['run_info']['method']}: "
@@ -134,12 +134,21 @@ class Results:
     def possible(self) -> list[Cell]:
         """All cells that the suite's settings may still ask for: where a learning rate is not chosen, the final cells
         of every rate."""
-        undecided = [(method, rate) for method in self.waiting() for rate in self.suite.rates(method)]
+        methods = [method for method in self.suite.methods if self.choice(method) is None]
+        undecided = [(method, rate) for method in methods for rate in self.suite.rates(method)]
         return self.cells() + [cell for method, rate in undecided for cell in self.final(method, rate)]
 
     def waiting(self) -> dict[str, int]:
         """Final cells that wait for their learning rate, by method."""
-        return {method: len(self.suite.seeds) for method in self.suite.methods if self.choice(method) is None}
+        lost = self.diverged()
+        methods = [method for method in self.suite.methods if method not in lost and self.choice(method) is None]
+        return {method: len(self.suite.seeds) for method in methods}
+
+    def diverged(self) -> dict[str, list[float]]:
+        """Methods all of whose learning rates diverged, with these: they have no final cells until their grid is
+        another."""
+        states = {method: [self.state(cell) for cell in self.search(method)] for method in self.suite.methods}
+        return {method: self.suite.rates(method) for method, of in states.items() if set(of) == {"diverged"}}
 
 
 def open_results(path: str | Path, folder: str | Path | None = None) -> Results:
@@ -177,7 +186,8 @@ def _written(results: Results) -> tuple[str | None, str | None]:
     except ConfigError as error:
         problem = error.problem.splitlines()[0]
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-        if isinstance(tree := yaml.safe_load(path.read_text(encoding="utf-8")), dict) and tree.get("name"):
-            return problem, str(tree["name"])
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and tree.get("name") and isinstance(tree["name"], str):
+            return problem, tree["name"]
     names = sorted({str(record["run_info"].get("suite")) for record in results.records.values()})
     return problem, next((name for name in names if name != results.suite.name), None)

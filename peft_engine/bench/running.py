@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, EngineError, Interrupted
+from ..printing import counted
 from ..run_directory import RunDirectory, command, storage_errors, write_whole
 from .cell import spec_of
 from .cells import Cell
@@ -76,7 +77,7 @@ class Bench:
             self._write_tuning()
         if self.stopped:
             raise Interrupted(
-                f"{self.stopped}: stopped; {len(self.results.records)} records stand.",
+                f"{self.stopped}: stopped; records so far: {len(self.results.records)}.",
                 "Run the same bench again: it goes on with the cells that are open.",
             )
         if self.refused is not None:
@@ -128,7 +129,9 @@ class Bench:
                 (folder / "other").mkdir(exist_ok=True)
                 path.replace(folder / "other" / path.name)
             if other and place == "cells":
-                self.say(f"{len(other)} records are of other settings than the suite's now: moved to {folder}/other.")
+                self.say(
+                    f"{counted(len(other), 'record')} of other settings than the suite's now: moved to {folder}/other."
+                )
         results.read()
 
     def _take_back(self) -> None:
@@ -200,11 +203,12 @@ class Bench:
                 failed.unlink(missing_ok=True)
                 self._remove(job.folder)
                 results.read()
-                self._tell(job.cell, self._figure(record), took)
                 try:
                     results.refuse_primary(record)
                 except ConfigError as error:
                     self.refused = error
+                else:
+                    self._tell(job.cell, self._figure(record), took)
                 return
         failure = failure_of(job, problem)
         with storage_errors(failed):

@@ -2,20 +2,18 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
-from pydantic import ValidationError
 
 from ..errors import ConfigError, DataError
 from ..meters.cost import cost_usd
 from .columns import columns_of
 from .records import read_records
 from .statistics import Sample, Sums, flat_sample, resample, sample
-from .suite import SMALLER_IS_BETTER, Published
+from .suite import SMALLER_IS_BETTER, metrics_in, recorded
 
 Record = dict[str, Any]
 
@@ -133,7 +131,7 @@ def load(folder: Path) -> Results:
         raise ConfigError(f"{folder}: no results here, expected {folder / 'cells'}.", "Run `peft-engine bench` first.")
     good, bad = read_records(folder)
     suite, problem = _suite(folder)
-    found = Results(folder, suite or _as_recorded(list(good.values())))
+    found = Results(folder, _as_recorded(list(good.values())) | suite)
     found.left_out = [{"cell": name, "reason": unplaced(reason, folder).rstrip(".")} for name, reason in bad.items()]
     if problem:
         reason = f"{unplaced(problem, folder)}; without it the reference is taken to be {found.reference}"
@@ -160,26 +158,20 @@ def unplaced(text: str, folder: Path) -> str:
 
 
 def _suite(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The folder's suite, and what is wrong with it; then it is empty."""
+    """The folder's suite, and what is wrong with it; sections that are wrong are not in it."""
     path = folder / "suite.yaml"
     if not path.is_file():
         return {}, None
     try:
-        suite = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return {}, "can't be read: " + " ".join(str(error).split())
-    kinds: dict[str, Any] = {"methods": dict, "tuning": dict, "seeds": list, "primary": str, "published": dict}
-    if not isinstance(suite, dict):
+        suite, wrong = recorded(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ConfigError) as error:
+        return {}, "can't be read: " + " ".join(str(getattr(error, "problem", error)).rstrip(".").split())
+    if suite is None:
         return {}, "holds no settings"
-    wrong = [name for name, kind in kinds.items() if not isinstance(suite.get(name) or kind(), kind)]
-    if not wrong and not all(isinstance(method, dict) for method in (suite.get("methods") or {}).values()):
-        wrong = ["methods"]
-    if not wrong and suite.get("published"):
-        try:
-            Published.model_validate(suite["published"])
-        except ValidationError:
-            wrong = ["published"]
-    return ({}, f"has something else than a suite's {', '.join(wrong)}") if wrong else (suite, None)
+    kept = {
+        name: value for name, value in suite.items() if not any(re.match(rf"{re.escape(name)}\b", w) for w in wrong)
+    }
+    return kept, f"has something else than a suite's {', '.join(wrong)}" if wrong else None
 
 
 def _as_recorded(records: list[Record]) -> dict[str, Any]:
@@ -274,9 +266,7 @@ def _untouched(found: Results, base: Sums | None, drawn: Sums | None) -> None:
 
 
 def _numbers(of: dict[int, Record], when: str = "metrics_after") -> list[str]:
-    counts = {"rows", "tokens", "words", "words_lost", "entities", "chance", "generated_rows"}
-    names = {name: None for one in of.values() for name in one["train_info"].get(when) or {} if name not in counts}
-    return list(names)
+    return list(dict.fromkeys(name for one in of.values() for name in metrics_in(one["train_info"].get(when))))
 
 
 def _metric(record: Record, when: str, name: str) -> float | None:

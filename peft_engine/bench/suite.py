@@ -1,13 +1,14 @@
 """What a benchmark suite says: one task and budget, many methods, their learning rates and seeds."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from ..config import Count, Section
+from ..config import Count, Section, Seed
 from ..config_checks import KeyPath, dotted
 from ..config_yaml import Parsed, dump, from_python, parse
 from ..errors import ConfigError
@@ -35,6 +36,8 @@ SAME = {"batch_size", "precision"}
 """Of `training`: what must be the same for all methods, beside what is taken."""
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mean_squared_error", "mean_absolute_error")
 """Of all metrics; of the others more is better."""
+COUNTS = {"rows", "tokens", "words", "words_lost", "entities", "chance", "generated_rows"}
+"""What stands beside the metrics and says nothing of how good a method is."""
 
 
 class RunBudget(Section):
@@ -57,7 +60,7 @@ class RunBudget(Section):
 class Tuning(Section):
     """The search of learning rates: on the evaluation split, with a seed of its own."""
 
-    seed: int = 1000
+    seed: Seed = 1000
     """Seed of the search; not among `seeds`."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Length of a search run as a share of the budget, with the whole schedule in it."""
@@ -120,7 +123,7 @@ class Suite(Section):
     primary: str | None = None
     """Metric that methods are ranked by, and learning rates chosen by where evaluations while training have it (else by
     loss); null is the task's own."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
     """Of the final cells: initialisation, data order, dropout."""
     tuning: Tuning = Tuning()
     """How learning rates are found."""
@@ -158,6 +161,10 @@ class Suite(Section):
             ]
         if self.reference not in self.methods:
             faults.append(f"reference: got {self.reference}, expected one of the methods: {', '.join(self.methods)}")
+        if self.primary in COUNTS:
+            faults.append(
+                f"primary: got {self.primary}, which is no metric; name one, such as loss, or null: the task's own"
+            )
         if "baseline" in self.methods:
             faults.append("methods.baseline: this name is the untouched model's; name it otherwise")
         if self.tuning.seed in self.seeds:
@@ -211,6 +218,43 @@ def suite_of(parsed: Parsed | dict[str, Any], name: str = "suite") -> Suite:
     if lines:
         raise ConfigError("\n".join(lines))
     return suite
+
+
+def recorded(text: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """What stands in a results folder's suite.yaml, of whatever version of the engine, and the settings that are
+    none of a suite's; None where there are no settings.
+
+    Settings may be missing and others be there. `usd_per_hour` is for the report to check. Raises ConfigError where it
+    is not YAML.
+    """
+    parsed = parse(text, "suite.yaml")
+    if not isinstance(parsed.tree, dict):
+        return None, []
+    wrong = [dotted(fault.path) for fault in parsed.faults]
+    try:
+        _recorded().model_validate({name: value for name, value in parsed.tree.items() if value is not None})
+    except ValidationError as error:
+        places = [
+            one["loc"] for one in error.errors() if one["type"] != "extra_forbidden" or one["loc"][0] == "published"
+        ]
+        wrong += [dotted(tuple(part for part in place if part != "[key]")) for place in places]
+    return parsed.tree, list(dict.fromkeys(wrong))
+
+
+@cache
+def _recorded() -> type[BaseModel]:
+    """A suite's settings one by one: none is needed, and nothing is asked of them together."""
+    fields: dict[str, Any] = {
+        name: (field.rebuild_annotation(), None) for name, field in Suite.model_fields.items() if name != "usd_per_hour"
+    }
+    settings = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+    return create_model("Recorded", __config__=settings, **fields)
+
+
+def metrics_in(measured: Mapping[str, Any] | None) -> list[str]:
+    """Names of what a record measured on its test rows and methods can be ranked by; a metric may be null."""
+    numbers = {n: v for n, v in (measured or {}).items() if n not in COUNTS and not isinstance(v, bool)}
+    return [name for name, value in numbers.items() if value is None or isinstance(value, int | float)]
 
 
 def to_yaml(suite: Suite) -> str:

@@ -8,7 +8,8 @@ from made_records import NAMES, class_items, classes_folder, record, write, writ
 from sklearn import metrics
 
 import suites
-from peft_engine.bench.report import write_report
+from peft_engine.bench.comparing import compare
+from peft_engine.bench.report import report_of, write_report
 from peft_engine.bench.results import open_results
 from peft_engine.bench.running import Bench
 from peft_engine.bench.scoring import load
@@ -55,10 +56,28 @@ def test_a_metric_that_nothing_has_stops_after_the_baseline(go, tmp_path):
     with pytest.raises(ConfigError, match=said):
         go("exact_match")
     assert suites.titles(tmp_path / "out") == ["baseline-baseline-0"]
+    assert go.said == [], "no line of a number that is none"
     with pytest.raises(ConfigError, match=said):
         open_results("suite.yaml", "out")
     go("loss")
     assert len(suites.titles(tmp_path / "out")) == 8, "the baseline stands"
+
+
+@pytest.mark.parametrize("name", ["generated_rows", "tokens", "rows"])
+def test_a_count_is_no_metric_before_anything_runs(go, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"primary: got {name}, which is no metric"):
+        go(name, metrics={name: 4})
+    assert not (tmp_path / "started").exists()
+
+
+def test_bench_and_report_take_the_same_names_for_metrics(go, tmp_path):
+    measured = {"exact_match": 0.5, "bits_per_byte": None, "rows": 4, "chance": 0.1, "per_class": {"a": 1.0}}
+    with pytest.raises(ConfigError, match=r"of baseline: accuracy, loss, exact_match, bits_per_byte\. Name one"):
+        go("bleu", metrics=measured)
+    write_suite(tmp_path, ["full"], [0], primary="bleu")
+    write(tmp_path, record("full", 0, {}, metrics_after=measured))
+    with pytest.raises(ConfigError, match=r"expected one of exact_match\. Correct"):  # no score is null
+        load(tmp_path)
 
 
 def test_the_report_ranks_by_it(tmp_path):
@@ -93,18 +112,55 @@ def test_the_report_refuses_a_metric_that_no_cell_has(tmp_path):
         load(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = classes_folder(tmp_path_factory.mktemp("made"), tuned=False)
+    return folder, write_report(folder)
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["name: x\nmethods: {full", "- 1\n", "methods: 3\n", "methods: {full: 3}\n", "published: {pth: x}\n", "seeds: 1\n"],
+    ("content", "place"),
+    [
+        ("name: x\nmethods: {full", "line 2, column 15"),
+        ("- 1\n", "no settings"),
+        ("budget: 300\n", "suite's budget;"),
+        ("budget: [1]\n", "budget"),
+        ("seeds: 1\n", "seeds"),
+        ("seeds: [[0]]\n", "seeds[0]"),
+        ("seeds: [a]\nname: 3\n", "name, seeds[0]"),
+        ("title: {a: 1}\n", "title"),
+        ("reference: [full]\n", "reference"),
+        ("primary: [loss]\n", "primary"),
+        ("tuning: {learning_rates: 3}\n", "tuning.learning_rates"),
+        ("methods: 3\n", "methods"),
+        ("methods: {full: 3}\n", "methods.full"),
+        ("methods: {full: {adapter: {}, learning_rates: [a]}}\n", "methods.full.learning_rates[0]"),
+        ("published: {pth: x}\n", "published.path"),
+        ("seeds: [0]\nseeds: [1]\n", "seeds"),
+    ],
 )
-def test_a_report_without_a_readable_suite(tmp_path, content):
-    folder = classes_folder(tmp_path)
-    whole = write_report(folder)
+def test_a_report_without_a_usable_suite(made, content, place):
+    folder, whole = made
     (folder / "suite.yaml").write_text(content)
-    found = write_report(folder)
+    found = report_of(folder)
     (line,) = found["left_out"]
     assert line["cell"] == "suite.yaml"
+    assert place in line["reason"]
     assert "the reference is taken to be full" in line["reason"]
     assert found["name"] == "made-up", "by the records"
     assert found["results"] == whole["results"]
+
+
+def test_an_unusable_suite_is_named_where_results_are_read(made):
+    folder, _ = made
+    (folder / "suite.yaml").write_text("budget: 300\n")
+    write_report(folder)
     assert "suite.yaml" in (folder / "report.md").read_text()
+    assert sum("suite.yaml: left out" in note for note in compare(folder, folder)["notes"]) == 2
+
+
+def test_a_suite_of_another_version_is_usable(made):
+    folder, whole = made
+    write_suite(folder, ALL, [0, 1, 2], later={"a": 1}, description=None, tuning={"share": 0.5, "later": 1})
+    found = report_of(folder)
+    assert (found["left_out"], found["results"]) == ([], whole["results"])

@@ -1,6 +1,7 @@
 """Predictions of a suite of which nothing has run: a probe, and what is made of it."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from driver import FAKE
 from fake_cell import PROBED
 from tiny import class_rows, pair_rows, sentence, write_rows
 
-from peft_engine.bench import running
+from peft_engine.bench import probing, running
 from peft_engine.bench.cell import run_cell, spec_of
 from peft_engine.bench.cells import baseline_cell, final_cells
 from peft_engine.bench.forecast import cell_seconds, parts_of
+from peft_engine.bench.jobs import launch
 from peft_engine.bench.measuring import config_of, prepare
 from peft_engine.bench.results import open_results
 from peft_engine.bench.suite import suite_of
@@ -73,6 +75,25 @@ def test_what_is_recorded_needs_no_probe(place):
     found = json.loads(CliRunner().invoke(cli, [*DRY, "--json"]).stdout)["predicted"]
     assert found["of"].startswith("by the recorded cells of full")
     assert not (place / "started").exists()
+
+
+def test_a_probe_that_is_killed_leaves_nothing_beside_the_results(place, monkeypatch):
+    """What lies there while it runs is what kill -9 leaves."""
+    (place / "system").mkdir()
+    (place / "out").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place / "system"))
+    seen = []
+
+    def look(cell, spec, folder, *more):
+        seen.extend(path.relative_to(place) for path in place.rglob("*") if path.is_dir())
+        assert folder.parent == place / "system"
+        return launch(cell, spec, folder, *more)
+
+    monkeypatch.setattr(probing, "launch", look)
+    assert CliRunner().invoke(cli, DRY).exit_code == 0
+    out, system, probe = sorted(seen)
+    assert (out, system, probe.parent) == (Path("out"), Path("system"), Path("system"))
+    assert list((place / "system").iterdir()) == []
 
 
 @pytest.mark.parametrize(("todo", "code", "said"), [("fail 3", 3, "told to fail with 3"), ("die", 4, "SIGKILL")])
@@ -137,8 +158,9 @@ def test_data_without_answers_is_found_before_the_training(tmp_path, tiny_model,
     made = language(tmp_path, tiny_model("llama"), plain)
     cell = baseline_cell(made) if kind == "baseline" else final_cells(made, "full", 1e-3)[0]
     spec = json.loads(json.dumps(spec_of(cell, made.name, made.general_text, probe=kind == "probe")))
-    with pytest.raises(DataError, match="the test rows have no answers"):
+    with pytest.raises(DataError, match="got 6, and the test rows have no answers") as caught:
         run_cell(spec, tmp_path / "work")
+    assert caught.value.fix.startswith("Set evaluation.generate_rows to 0")
     assert not (tmp_path / "work").exists(), "no run was begun"
 
 

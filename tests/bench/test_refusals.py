@@ -1,15 +1,17 @@
 """What a bench can't do is said before anything is trained, all of it at once."""
 
 import copy
+from pathlib import Path
 
 import pytest
 from tiny import write_rows
 
 from peft_engine.bench.refusals import check_suite
-from peft_engine.bench.suite import suite_of
+from peft_engine.bench.suite import load_suite, suite_of
 from peft_engine.errors import ConfigError
 from suites import SUITE
 
+SUITES = Path(__file__).resolve().parents[2] / "benchmarks/suites"
 LANGUAGE = {"task": "causal-lm", "device": "cpu", "model": {"path": "model"}, "data": {"train": "rows.jsonl"}}
 
 
@@ -58,6 +60,28 @@ def test_what_the_settings_tell(config, said):
 )
 def test_what_can_be_judged_is_not_refused(config):
     check_suite(suite(**config))
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "files"),
+    [
+        ("metamathqa-gsm8k", "gsm8k", ["metamathqa.jsonl", "gsm8k-valid.jsonl", "gsm8k-test.jsonl"]),
+        ("litgpt-llama-3.2-3b", "alpaca2k", ["alpaca2k.jsonl"]),
+        ("text8", "text8 --source text8", [f"text8-{part}.jsonl" for part in ("train", "valid", "test")]),
+    ],
+)
+def test_data_that_a_script_makes(tmp_path, monkeypatch, name, command, files):
+    published = load_suite(SUITES / f"published-{name}.yaml").model_copy(update={"published": None})
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / ".assets/data"
+    write_rows(data / "vitaminc.jsonl", [{"text": "a"}])
+    lacking = ", ".join(f".assets/data/{file}" for file in files)
+    with pytest.raises(ConfigError) as caught:
+        check_suite(published)
+    assert f"there is no {lacking}; `python benchmarks/published/prepare.py {command}` makes" in str(caught.value)
+    for file in files:
+        write_rows(data / file, [{"text": "a"}])
+    check_suite(published)
 
 
 def test_general_text(tmp_path, tiny_model):

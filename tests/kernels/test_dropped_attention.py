@@ -42,13 +42,16 @@ SHAPES = [(1, 1, 1, 1, 4), (3, 2, 7, 7, 8), (4, 3, 5, 9, 6), (5, 2, 33, 33, 16)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_is_the_definition(shape, name, p, dtype, monkeypatch) -> None:
+@pytest.mark.parametrize("passes", [False, True])
+def test_is_the_definition(shape, name, p, dtype, passes, monkeypatch) -> None:
     B, H, T, S, _ = shape
     monkeypatch.setattr(module, "CACHE_BYTES", 2 * H * T * S * dtype.itemsize)  # two samples at a time, or four
     inputs, dy, seeds = made(*shape, dtype)
     mask = masks(B, T, S, dtype)[name]
-    keep = keep_mask(torch.empty(B, H, T, S), p, seeds, 5, backend="torch").double() / keep_rate(p, False)
-    y = dropped_attention(*inputs, mask, p, seeds, 5, scale=0.3)
+    keep = keep_mask(torch.empty(B, H, T, S), p, seeds, 5, backend="torch", passes=passes).double() / keep_rate(
+        p, False
+    )
+    y = dropped_attention(*inputs, mask, p, seeds, 5, scale=0.3, passes=passes)
     got = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     truth_mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
@@ -59,6 +62,16 @@ def test_is_the_definition(shape, name, p, dtype, monkeypatch) -> None:
         assert g.shape == w.shape
         assert (g.double() - w).abs().max() <= bound * (1 + w.abs().max()), place
     assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_what_is_not_a_number_stays_so_in_its_row(passes) -> None:
+    inputs, _, seeds = made(2, 2, 5, 40, 4, torch.float32)
+    with torch.no_grad():
+        inputs[0][1, 0, 3, 2] = torch.nan
+    y = dropped_attention(*inputs, None, 0.1, seeds, 5, scale=0.3, passes=passes)
+    assert y[1, 0, 3].isnan().all()
+    assert int(y.isnan().sum()) == 4
 
 
 def test_keeps_no_probabilities() -> None:

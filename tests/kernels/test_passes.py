@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_kernels import _compiled as compiled
 from peft_kernels import _lora_ops as ops
 from peft_kernels import _passes as passes
-from peft_kernels.dropout import dropped, keep_mask, keep_rate
+from peft_kernels.dropout import dropout, dropped, keep_mask, keep_rate
 from peft_kernels.glu import glu
 from peft_kernels.recompute import recipe_of
 from peft_kernels.rms_norm import rms_norm, rms_norm_reference
@@ -265,6 +265,16 @@ def test_places_of_dropped_elements_are_torchs_but_for_rounding(p: float, size: 
     ].all()
     assert (got[~inside] == 7 * size).all()
     assert torch.equal(got, dropped(seeds, 11, size, p, True).view(7, -1))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_is_its_mask(p: float) -> None:
+    x, seeds, dy = random(3, 11, 37).requires_grad_(), torch.tensor([5, -7, 2**40]), random(3, 11, 37, seed=1)
+    mask = keep_mask(x, p, seeds, 9, backend="torch", passes=True)
+    y = dropout(x, p, seeds, 9, backend="torch", passes=True)
+    assert torch.equal(y, x * (1 / keep_rate(p, False)) * mask)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy * (1 / keep_rate(p, False)) * mask)
+    assert dropout(x[:0], p, seeds[:0], 9, backend="torch", passes=True).shape == (0, 11, 37)
 
 
 def test_the_rate_of_dropped_elements_holds_in_every_column() -> None:

@@ -6,61 +6,7 @@
 // but the sums of `drop_back`. Compiled without contraction of a*b+c and without fast-math, so that `quantise` and
 // `rescale` have the bits of plain torch.
 
-#include <cstdint>
-#include <cstring>
-
-#define API extern "C" __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-
-namespace {
-
-constexpr float ROUND = 12582912.0f;  // 1.5·2²³: a number below 2²² added to it loses its fraction, half to even
-constexpr float LEAST = 0x1p-126f;    // scales from here on: the inverse of a smaller one would overflow
-constexpr int64_t WIDE = 16;
-
-INLINE int32_t bits(float v) { return __builtin_bit_cast(int32_t, v); }
-INLINE float as_float(int32_t v) { return __builtin_bit_cast(float, v); }
-
-// Largest |v|, as bits: for floats without sign they have the order of the numbers, NaN above infinity.
-template <bool FACTOR>
-INLINE int32_t top_bits(const float* x, const float* factor, int64_t n) {
-  int32_t top = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    const int32_t b = bits(FACTOR ? x[k] * factor[k] : x[k]) & 0x7fffffff;
-    top = b > top ? b : top;
-  }
-  return top;
-}
-
-template <bool FACTOR>
-INLINE void round_row(const float* x, const float* factor, float inverse, int8_t* codes, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    const float v = FACTOR ? x[k] * factor[k] : x[k];
-    codes[k] = (int8_t)(bits(v * inverse + ROUND) - bits(ROUND));
-  }
-}
-
-// e^x to two units in the last place for x in [-87, 88], where it is cut off (Cephes' polynomial). NaN gives anything.
-INLINE float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = __builtin_fmaf(x, 1.44269504088896341f, ROUND);
-  const float n = shifted - ROUND;
-  float r = __builtin_fmaf(n, -0.693359375f, x);
-  r = __builtin_fmaf(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-  p = __builtin_fmaf(p, r * r, r + 1.0f);
-  return as_float(bits(p) + ((bits(shifted) - bits(ROUND)) << 23));
-}
-
-INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
-}  // namespace
+#include "maths.h"
 
 // codes[i] = round(v/scale[i]), scale[i] = max|v|/127, over the parts of row i laid end to end; v = x ⊙ factor. Rows of
 // zeros have scale 1, rows with NaN or infinity scale NaN and codes 0. A part without x is zeros.
@@ -184,6 +130,57 @@ API void rms_norm_back(const float* dy, int64_t dy_stride, const float* x, int64
 // Dropped places come as they are drawn: for each sample `draws` flat places in rising order, those from `size` of the
 // whole (samples·rows_each·features) on are none.
 
+// x = 0 at dropped places, x (samples·size,).
+API void zero_places(const int64_t* places, int64_t samples, int64_t draws, int64_t size, float* x, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t d = 0; d < draws && places[s * draws + d] < samples * size; ++d) x[places[s * draws + d]] = 0.0f;
+}
+
+// x = softmax(x) along dense rows, logs[i] = log Σ e^x. Rows of -∞ alone become zeros and their logs 0.
+API void softmax_rows(float* x, int64_t rows, int64_t n, float* logs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    float* z = x + i * n;
+    float lanes[WIDE], sums[WIDE] = {};
+    for (int64_t l = 0; l < WIDE; ++l) lanes[l] = -__builtin_inff();
+    int64_t k = 0;
+    for (; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) lanes[l] = z[k + l] > lanes[l] ? z[k + l] : lanes[l];
+    float top = lanes[0], total = 0.0f;
+    for (int64_t l = 1; l < WIDE; ++l) top = lanes[l] > top ? lanes[l] : top;
+    for (; k < n; ++k) top = z[k] > top ? z[k] : top;
+    const float from = top == -__builtin_inff() ? 0.0f : top;
+    for (k = 0; k + WIDE <= n; k += WIDE)
+      for (int64_t l = 0; l < WIDE; ++l) {
+        z[k + l] = exp_or_zero(z[k + l] - from);
+        sums[l] += z[k + l];
+      }
+    for (; k < n; ++k) {
+      z[k] = exp_or_zero(z[k] - from);
+      total += z[k];
+    }
+    for (int64_t l = 0; l < WIDE; ++l) total += sums[l];
+    logs[i] = total == 0.0f ? 0.0f : from + __builtin_logf(total);
+    const float by = total == 0.0f ? 0.0f : 1.0f / total;
+    for (k = 0; k < n; ++k) z[k] *= by;
+  }
+}
+
+// x = e^(x - logs), the softmax again.
+API void softmax_again(float* x, int64_t rows, int64_t n, const float* logs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) x[i * n + k] = exp_or_zero(x[i * n + k] - logs[i]);
+}
+
+// dp = (dp - shares[i]) ⊙ p: the softmax's backward, shares[i] = Σ dp ⊙ p of a row.
+API void softmax_back(float* dp, const float* p, const float* shares, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < n; ++k) dp[i * n + k] = (dp[i * n + k] - shares[i]) * p[i * n + k];
+}
+
 // low (rows, rank) -= Σ over dropped (i, k) of x[i, k]·down[k], with down (features, rank).
 API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_t rows, int64_t features, const float* x,
                    int64_t x_stride, const float* down, int64_t down_stride, int64_t rank, float* low, int64_t low_stride, int threads) {
@@ -194,10 +191,7 @@ API void drop_down(const int64_t* places, int64_t samples, int64_t draws, int64_
       const int64_t place = places[s * draws + d];
       if (place >= size) break;
       const int64_t i = place / features, k = place - i * features;
-      const float v = x[i * x_stride + k];
-      const float* from = down + k * down_stride;
-      float* to = low + i * low_stride;
-      for (int64_t r = 0; r < rank; ++r) to[r] -= v * from[r];
+      add_scaled(low + i * low_stride, down + k * down_stride, -x[i * x_stride + k], rank);
     }
   }
 }
@@ -217,23 +211,8 @@ API void drop_back(const int64_t* places, int64_t samples, int64_t draws, int64_
         if (place >= size) break;
         const int64_t i = place / features, k = place - i * features;
         const float* low = d_low + i * d_stride;
-        if (own) {
-          const float v = x[i * x_stride + k];
-          float* to = own + k * rank;
-          for (int64_t r = 0; r < rank; ++r) to[r] += v * low[r];
-        }
-        if (dx) {
-          const float* from = down + k * down_stride;
-          float lanes[WIDE] = {};
-          int64_t r = 0;
-          for (; r + WIDE <= rank; r += WIDE)
-            for (int64_t l = 0; l < WIDE; ++l) lanes[l] += low[r + l] * from[r + l];
-          for (int64_t half = WIDE / 2; half > 0; half /= 2)
-            for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-          float sum = lanes[0];
-          for (; r < rank; ++r) sum += low[r] * from[r];
-          dx[i * dx_stride + k] -= sum;
-        }
+        if (own) add_scaled(own + k * rank, low, x[i * x_stride + k], rank);
+        if (dx) dx[i * dx_stride + k] -= dot(low, down + k * down_stride, rank);
       }
     }
   }
@@ -326,33 +305,6 @@ API void softmax_block(const int32_t* products, int64_t rows, int64_t n, const f
     }
   }
 }
-
-namespace {
-
-// log x for x in [2^-26, 1), to an ulp (Cephes' polynomial).
-INLINE float log_of(float x) {
-  int32_t e = (bits(x) >> 23) - 126;
-  float m = as_float((bits(x) & 0x007fffff) | 0x3f000000);  // in [½, 1)
-  const bool low = m < 0.707106781186547524f;
-  e = low ? e - 1 : e;
-  m = low ? m + m - 1.0f : m - 1.0f;
-  const float z = m * m;
-  float p = 7.0376836292e-2f;
-  p = __builtin_fmaf(p, m, -1.1514610310e-1f);
-  p = __builtin_fmaf(p, m, 1.1676998740e-1f);
-  p = __builtin_fmaf(p, m, -1.2420140846e-1f);
-  p = __builtin_fmaf(p, m, 1.4249322787e-1f);
-  p = __builtin_fmaf(p, m, -1.6668057665e-1f);
-  p = __builtin_fmaf(p, m, 2.0000714765e-1f);
-  p = __builtin_fmaf(p, m, -2.4999993993e-1f);
-  p = __builtin_fmaf(p, m, 3.3333331174e-1f);
-  float y = m * z * p;
-  y = __builtin_fmaf((float)e, -2.12194440e-4f, y);
-  y = __builtin_fmaf(z, -0.5f, y);
-  return __builtin_fmaf((float)e, 0.693359375f, m + y);
-}
-
-}  // namespace
 
 // Places of dropped elements from random words, as dropout.py draws them: gaps log(u)·inverse with u = word·2^-32 + ½,
 // added up for each sample. Places from `size` on become samples·size.
