@@ -201,7 +201,8 @@ def move_weights_again(model: Any, adapter: str, names: Collection[str]) -> None
         if name.removeprefix("base_model.model.") not in names:
             continue
         base: Any = layer.get_base_layer()
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        down: torch.Tensor = layer.lora_A[adapter].weight  # type: ignore[assignment]
+        up: torch.Tensor = layer.lora_B[adapter].weight  # type: ignore[assignment]
         rank = len(down) // 2
         with torch.no_grad():
             moved = layer.scaling[adapter] * up[:, rank:].contiguous() @ down[rank:].contiguous()

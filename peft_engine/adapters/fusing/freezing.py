@@ -54,7 +54,7 @@ class Place:
     @property
     def weight(self) -> Tensor:
         """(N, K)."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
         return weight.t() if self.transposed else weight
 
 
@@ -258,7 +258,7 @@ def measure(
         rows = 0
     else:
         handles = [
-            place.module.register_forward_hook(lambda _, inputs, y, place=place: note(place, inputs[0], y))  # type: ignore[misc]
+            place.module.register_forward_hook(lambda _, inputs, y, place=place: note(place, inputs[0], y))
             for place in places
         ]
         modes = [(module, module.training) for module in model.modules()]
