@@ -35,9 +35,9 @@ def by_hand(trained: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
     """KL in nats and agreement, the sums written out in Python's floats."""
     nats = same = 0.0
     for p, q in zip(trained.double().tolist(), found.double().tolist(), strict=True):
-        log_p, log_q = (
-            [v - max(one) - math.log(sum(math.exp(w - max(one)) for w in one)) for v in one] for one in (p, q)
-        )
+        tops = max(p), max(q)
+        sums = [top + math.log(sum(math.exp(v - top) for v in one)) for one, top in zip((p, q), tops, strict=True)]
+        log_p, log_q = ([v - total for v in one] for one, total in zip((p, q), sums, strict=True))
         nats += sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True) if a > -math.inf)
         same += p.index(max(p)) == q.index(max(q))
     return nats / len(trained), same / len(trained)

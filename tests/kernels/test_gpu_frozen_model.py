@@ -34,25 +34,32 @@ def gpt2() -> nn.Module:
     ids=["llama", "llama dora", "gpt2"],
 )
 def test_loss_and_gradients_are_those_of_the_torch_backend(make: Callable[[], nn.Module], settings: dict[str, Any]):
-    """A number on the edge of two codes may fall either way; beside full precision both are far off."""
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings
-    )
-    model = get_peft_model(make(), config).to(DEVICE).train()
-    ids = torch.randint(0, 64, (2, 9), device=DEVICE)
-    losses, found = {}, {}
-    for backend in ("full", "torch", "triton"):
-        one = copy.deepcopy(model)
-        if backend != "full":
-            report = fuse(one, backend, frozen_compute="int8")
-            assert report.backend == backend
-            assert len(report.frozen) >= 8, report.kept_full
-        loss = one(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses[backend] = loss.detach()
-        found[backend] = torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None])
-    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=1e-5, atol=0)
-    size = found["full"].norm()
-    assert (found["triton"] - found["torch"]).norm() <= 1e-4 * size
-    assert (found["triton"] - found["full"]).norm() > 1e-3 * size
+    """A number on the edge of two codes may fall either way, and then all behind it differs by what a code is worth: in
+    most models none does, and beside full precision even then both are far off."""
+    apart = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings
+        )
+        model = get_peft_model(make(), config).to(DEVICE).train()
+        ids = torch.randint(0, 64, (2, 9), device=DEVICE)
+        (_, full), (told, plain), (loss, found) = (one_step(model, b, ids) for b in ("full", "torch", "triton"))
+        torch.testing.assert_close(loss, told, rtol=1e-5, atol=0)
+        off, rounding = (found - plain).norm(), (found - full).norm()
+        assert rounding > 1e-3 * full.norm()
+        assert off < 0.1 * rounding
+        apart.append(float(off / full.norm()))
+    assert sorted(apart)[1] < 1e-5, apart
+
+
+def one_step(model: nn.Module, backend: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and all gradients in one row."""
+    one = copy.deepcopy(model)
+    if backend != "full":
+        report = fuse(one, backend, frozen_compute="int8")
+        assert report.backend == backend
+        assert len(report.frozen) >= 8, report.kept_full
+    loss = one(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None])
