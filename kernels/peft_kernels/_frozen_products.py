@@ -8,7 +8,7 @@ row: they add up in dx, so what counts is the error beside the largest of them, 
 several times. 2-D tensors: x (M, K), dy_i (M, N_i).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,6 @@ from torch import Tensor
 
 from . import _passes as passes
 from .frozen_weight import FrozenWeight
-
-PRODUCT = 2**22
-"""Numbers of a product that are there at once on a CPU, 16 MiB of int32: it is read again at once, from the caches."""
-LEAST = 256
-"""Rows that are worth a product of their own."""
 
 
 @dataclass(frozen=True)
@@ -91,46 +86,21 @@ def products(
             for i in run:
                 found[i] = _launched(codes, row_scale, weights[i], biases[i], updates[i], x.dtype)
         else:
-            own = _rescaled(
-                x, codes, row_scale, [weights[i] for i in run], [biases[i] for i in run], [updates[i] for i in run]
-            )
-            for i, y in zip(run, own, strict=True):
-                found[i] = y
+            whole, _ = _codes_of(weights, run)
+            product, start = first.units.product(codes, whole), 0
+            for i in run:
+                one, update = weights[i], updates[i]
+                part = product[:, start : start + one.shape[0]]
+                start += one.shape[0]
+                term = (None, None, 1.0) if update is None else (update.low, update.B, update.scale)
+                found[i] = passes.rescale(part, row_scale, one.scale, biases[i], x.dtype, *term)
+            del product
         for i in run:
             one, y = weights[i], found[i]
             if one.columns is not None and one.column_weight is not None and y is not None:
                 y.addmm_(x[:, one.columns], one.column_weight.to(x.dtype).t())
     assert all(y is not None for y in found)
     return [y for y in found if y is not None]
-
-
-def _rescaled(
-    x: Tensor,
-    codes: Tensor,
-    row_scale: Tensor | None,
-    weights: Sequence[FrozenWeight],
-    biases: Sequence[Tensor | None],
-    updates: Sequence[Update | None],
-) -> list[Tensor]:
-    """The outputs of one run."""
-    whole, _ = _codes_of(weights, list(range(len(weights))))
-    found = [x.new_empty(len(x), one.shape[0]) for one in weights]
-    for part in _blocks(codes, len(whole)):
-        product, start = weights[0].units.product(codes[part], whole), 0
-        scales = None if row_scale is None else row_scale[part]
-        for y, one, bias, update in zip(found, weights, biases, updates, strict=True):
-            own = product[:, start : start + one.shape[0]]
-            start += one.shape[0]
-            term = (None, None, 1.0) if update is None else (update.low[part], update.B, update.scale)
-            passes.rescale(own, scales, one.scale, bias, x.dtype, *term, out=y[part])
-    return found
-
-
-def _blocks(codes: Tensor, columns: int) -> Iterator[slice]:
-    """Rows whose product is made at once: on a CPU all products go through one small buffer (`Int8`)."""
-    rows = max(LEAST, PRODUCT // columns) if codes.device.type == "cpu" else max(1, len(codes))
-    for start in range(0, len(codes), rows):
-        yield slice(start, start + rows)
 
 
 def products_back(
@@ -182,11 +152,7 @@ def _back_of_run(
         dx = ops.product_back(codes, row_scale, whole, first.factor, *term)
     else:
         codes, row_scales = first.units.quantise(dys, widths, [one.scale for one in weights])
-        dx = torch.empty(len(codes), whole.shape[1], dtype=dtype, device=codes.device)
-        for part in _blocks(codes, whole.shape[1]):
-            product = first.units.product_back(codes[part], whole)
-            scales = None if row_scales is None else row_scales[part]
-            passes.rescale(product, scales, first.factor, None, dtype, out=dx[part])
+        dx = passes.rescale(first.units.product_back(codes, whole), row_scales, first.factor, None, dtype)
     if first.columns is not None:
         own = [
             dy.to(dtype) @ one.column_weight.to(dtype)

@@ -25,8 +25,7 @@ class Units(Protocol):
         """Codes (M, Σ widths) of rows made of parts, and their scales (M,), None for a format that has none."""
 
     def product(self, codes: Tensor, weight: Tensor) -> Tensor:
-        """codes (M, K)·Wᵀ → (M, N), accumulated in int32 or float32 (bf16 units may round to bfloat16). May lie
-        where the next product of this thread will."""
+        """codes (M, K)·Wᵀ → (M, N), accumulated in int32 or float32 (bf16 units may round to bfloat16)."""
 
     def product_back(self, codes: Tensor, weight: Tensor) -> Tensor:
         """codes (M, N)·W → (M, K), accumulated likewise."""

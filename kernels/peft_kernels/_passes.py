@@ -82,7 +82,6 @@ def rescale(
     low: Tensor | None = None,
     up: Tensor | None = None,
     by: float = 1.0,
-    out: Tensor | None = None,
 ) -> Tensor:
     """products ⊙ row_scale ⊙ column_scale + bias + by·low·upᵀ, in float32 (float64 for float64 products), rounded once.
 
@@ -90,16 +89,15 @@ def rescale(
         products: (M, N) int32 or floating; a slice of the columns of a wider matrix may be given.
         row_scale: (M,), column_scale: (N,), bias: (N,), each or None.
         low: (M, r), up: (N, r), both or neither.
-        out: (M, N) of `dtype` to write to.
 
     Returns:
-        (M, N) of `dtype`: `out`, or a buffer of its own.
+        (M, N) of `dtype`, a buffer of its own.
     """
     if row_scale is not None and _compiled_takes(products) and compiled.usable(row_scale, column_scale, bias):
-        y = _rescale_compiled(products, row_scale, column_scale, bias, out)
+        y = _rescale_compiled(products, row_scale, column_scale, bias)
     else:
         wide = torch.promote_types(torch.float32, products.dtype) if products.is_floating_point() else torch.float32
-        y = out.copy_(products) if out is not None and out.dtype == wide else products.to(wide, copy=True)
+        y = products.to(wide, copy=True)
         if row_scale is not None:
             y.mul_(row_scale.unsqueeze(1))
         if column_scale is not None:
@@ -108,9 +106,7 @@ def rescale(
             y.add_(bias)
     if low is not None and up is not None:
         y = y.addmm_(low, up.t(), alpha=by) if low.dtype == y.dtype else y.add_(low @ up.t(), alpha=by)
-    if out is None:
-        return y.to(dtype)
-    return out if y is out else out.copy_(y)
+    return y.to(dtype)
 
 
 def _compiled_takes(products: Tensor) -> bool:
@@ -118,15 +114,12 @@ def _compiled_takes(products: Tensor) -> bool:
     return plain and products.numel() > 0 and products.stride(1) == 1
 
 
-def _rescale_compiled(
-    products: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None, out: Tensor | None
-) -> Tensor:
+def _rescale_compiled(products: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     rows, features = products.shape
     if bias is not None and column_scale is None:
         column_scale = torch.ones(features)
-    y = out if out is not None and compiled.usable(out) else torch.empty(rows, features)
+    y = torch.empty(rows, features)
     compiled.call(
-        "rescale", products, compiled.pitch(products), rows, features, row_scale, column_scale, bias, y,
-        compiled.pitch(y),
-    )  # fmt: skip
+        "rescale", products, compiled.pitch(products), rows, features, row_scale, column_scale, bias, y, features
+    )
     return y

@@ -8,7 +8,6 @@ Rows and products are scaled by `_passes`; the layers on top are `lora_linear`'s
 Source: row-wise dynamic quantisation as in LLM.int8() (Dettmers et al. 2022), without its mixed decomposition.
 """
 
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -25,37 +24,21 @@ class Int8(Quantising):
     dtype = torch.int8
 
     def product(self, codes: Tensor, weight: Tensor) -> Tensor:
-        return int8_product(codes, weight.t(), _room(codes, weight.shape[0]))
+        return int8_product(codes, weight.t())
 
     def product_back(self, codes: Tensor, weight: Tensor) -> Tensor:
-        return int8_product(codes, weight, _room(codes, weight.shape[1]))
+        return int8_product(codes, weight)
 
 
-_rooms = threading.local()
-
-
-def _room(codes: Tensor, columns: int) -> Tensor | None:
-    """Where this thread's products on a CPU lie, one after another: fresh memory would cost a third of the product."""
-    if type(codes) is not Tensor or codes.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    size = len(codes) * columns
-    room: Tensor | None = getattr(_rooms, "room", None)
-    if room is None or room.numel() < size:
-        with torch.inference_mode(False):  # what is made inside could not be written to outside
-            room = _rooms.room = torch.empty(size, dtype=torch.int32)
-    return room.as_strided((len(codes), columns), (columns, 1))
-
-
-def int8_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """left·right in int32, exactly.
 
     Args:
         left: (M, K) int8; right: (K, N) int8, of any layout. Sizes that CUDA's products don't take (M below 17, K
             or N no multiple of 8) are filled up with zeros inside.
-        out: (M, N) int32 on a CPU, to write to.
 
     Returns:
-        (M, N) int32, `out` where given.
+        (M, N) int32.
     """
     (rows, inner), columns = left.shape, right.shape[1]
     if not rows or not inner or not columns:
@@ -66,7 +49,7 @@ def int8_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
             left = torch.nn.functional.pad(left, (0, deep, 0, down))
             right = torch.nn.functional.pad(right, (0, across, 0, deep))
             return torch._int_mm(left, right)[:rows, :columns]
-    return torch._int_mm(left, right) if out is None else torch._int_mm(left, right, out=out)
+    return torch._int_mm(left, right)
 
 
 @cache

@@ -1,7 +1,6 @@
 """LoRA linears over frozen codes: what they compute, what they keep, how siblings and plain weights mix."""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from oracle import DEVICE, guarded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_kernels import _frozen_products
 from peft_kernels._frozen_units import Emulated
 from peft_kernels.frozen_weight import FrozenWeight, freeze, freeze_siblings
 from peft_kernels.int8_linear import Int8, int8_product
@@ -338,49 +336,3 @@ def test_refusals() -> None:
         lora_linear(random(2, 8), Projection(one, transposed=True))
     with pytest.raises(ValueError, match="x must be floating point"):
         lora_linear(torch.ones(2, 8, dtype=torch.int8, device=DEVICE), Projection(one))
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="products go through one buffer on a CPU only")
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 5, 6, 17])
-def test_products_by_blocks_of_rows_have_the_same_bits(rows, format, monkeypatch) -> None:
-    features, widths = 48, (40, 16)
-    x = random(rows, features).requires_grad_()
-    units = Emulated("fp8") if format == "fp8" else None
-    weights = freeze_siblings([random(n, features, seed=n) for n in widths], format, units=units)
-    biases = [None, random(16, seed=3)]
-    stack = [Projection(w, b, (adapter(len(w.codes), features, 4, 9),)) for w, b in zip(weights, biases, strict=True)]
-    dys, found = [random(rows, n, seed=n + 1) for n in widths], []
-    for least, product in ((256, 2**22), (5, 1), (1, 3 * 56)):
-        monkeypatch.setattr(_frozen_products, "LEAST", least)
-        monkeypatch.setattr(_frozen_products, "PRODUCT", product)
-        ys = lora_linears(x, stack, backend="torch")
-        found.append([*(y.detach() for y in ys), *torch.autograd.grad(ys, x, dys)])
-    for other in found[1:]:
-        for got, want in zip(other, found[0], strict=True):
-            # what oneDNN and BLAS add up depends on the number of rows; int8 sums are exact
-            torch.testing.assert_close(got, want, rtol=2**-7 if format == "bf16" else 1e-5, atol=1e-3)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="products go through one buffer on a CPU only")
-def test_the_buffer_of_products_serves_inference_training_and_threads() -> None:
-    x, one = random(33, 40).requires_grad_(), held(random(24, 40, seed=1), "int8")
-    codes, _ = one.units.quantise([x.detach()], [40], [None])
-    want = int8_product(codes, one.codes.t())
-
-    def product() -> Tensor:
-        with torch.inference_mode():
-            assert torch.equal(one.units.product(codes, one.codes), want)
-        y = lora_linear(x, Projection(one), backend="torch")
-        (dx,) = torch.autograd.grad(y, x, y.detach())
-        return dx
-
-    with ThreadPoolExecutor(1) as fresh:  # its first product is one of inference
-        first = fresh.submit(product).result()
-    assert torch.equal(first, product())
-    kept = one.units.product(codes, one.codes)
-    with ThreadPoolExecutor(1) as other:
-        other.submit(lambda: one.units.product(codes.flip(0), one.codes)).result()
-    assert torch.equal(kept, want)
-    smaller = one.units.product(codes[:7], one.codes)
-    assert smaller.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
