@@ -32,7 +32,7 @@ def test_layers_above_the_bound_stay_in_full_precision() -> None:
     errors = report.record.errors
     assert {n for n in report.kept_full if n in errors} == {name, name.replace("gate", "up")}
     assert "above the bound of 0.03" in report.kept_full[name]
-    for lever in ("smooth", "columns"):
+    for lever in ("smooth", "columns", "both"):
         other = copy.deepcopy(fresh)
         mended = fuse(
             other,
@@ -86,7 +86,7 @@ def test_a_batch_that_breaks_the_model_is_refused() -> None:
     assert not any(frozen_of(m) is not None for m in model.modules())
 
 
-@pytest.mark.parametrize("lever", ["none", "smooth", "columns"])
+@pytest.mark.parametrize("lever", ["none", "smooth", "columns", "both"])
 def test_a_record_does_it_again_without_data(lever: str, tmp_path: Path) -> None:
     model, twin = pair("llama")
     with torch.no_grad():
