@@ -29,10 +29,11 @@ OURS: dict[str, dict[str, Any]] = {
     "fused": {},
     "auto": {"frozen_compute": "auto"},
     "bf16": {"frozen_compute": "bf16"},
-    "int8": {"frozen_compute": "int8"},
+    "int8": {"frozen_compute": "int8", "frozen_outliers": "none"},
     "int8-smooth": {"frozen_compute": "int8", "frozen_outliers": "smooth"},
     "int8-columns": {"frozen_compute": "int8", "frozen_outliers": "columns"},
-    "int8-head": {"frozen_compute": "int8", "frozen_head": "int8"},
+    "int8-both": {"frozen_compute": "int8", "frozen_outliers": "both"},
+    "int8-head": {"frozen_compute": "int8", "frozen_outliers": "none", "frozen_head": "int8"},
 }
 """Fused sides and the arguments of `fuse` that make them."""
 SIDES = ("full", "peft", *OURS)

@@ -44,7 +44,7 @@ from .tasks.seq2seq import Seq2Seq
 
 IN_FULL = (
     "model.frozen_compute=full",
-    "model.frozen_outliers=none",
+    "model.frozen_outliers=auto",
     "model.frozen_head=full",
     f"model.frozen_error_bound={BOUND}",
 )

@@ -24,7 +24,7 @@ from .formats import FrozenCompute, passes_status
 from .frozen_linear import PREFIX, FrozenForward, frozen_of, take_back
 from .frozen_record import BOUND, FrozenRecord
 from .linears import FusedLoraLinear, why_not
-from .outliers import Lever
+from .outliers import Asked
 from .reading import shared_inputs
 from .sharing import SharedInput, SharingForward
 from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
@@ -107,7 +107,7 @@ def fuse(
     backend: Backend = "auto",
     frozen_compute: FrozenCompute = "full",
     *,
-    frozen_outliers: Lever = "none",
+    frozen_outliers: Asked = "auto",
     frozen_error_bound: float = BOUND,
     frozen_head: Literal["full", "int8"] = "full",
     dtype: torch.dtype | None = None,
@@ -126,7 +126,8 @@ def fuse(
         model: a PeftModel or any transformers model; changed in place, undone by `unfuse`.
         backend: "triton" (CUDA), "torch", or "auto": Triton where the model lives on CUDA and triton is installed.
         frozen_compute: "full", "bf16", "int8", "fp8", or "auto": what is fastest here, measured, where it pays.
-        frozen_outliers: "none", "smooth" or "columns", against input channels that are much larger than the others.
+        frozen_outliers: "none", "smooth", "columns" or "both", against input channels that are much larger than the
+            others; "auto" is both with `calibrate` in int8 and fp8, else none.
         frozen_error_bound: a linear whose output errs by more, relative to its size, stays in full precision.
         frozen_head: "int8": the causal LM loss reads the output head in int8 too, where that head is frozen.
         dtype: that training computes in, for "auto"; that of the weights by default.

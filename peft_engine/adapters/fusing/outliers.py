@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ...errors import Diverged
 
 Lever = Literal["none", "smooth", "columns", "both"]
+Asked = Literal["auto", "none", "smooth", "columns", "both"]
+"""`auto`: both in int8 and fp8 where there is data to calibrate on, else none."""
 ALPHA = 0.5
 """How much of a channel's size goes over into the weight."""
 QUIET = 0.1
