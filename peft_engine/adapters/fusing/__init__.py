@@ -4,6 +4,7 @@ A part is found by its type and by what it computes, never by a model's name, an
 (`module.__class__`): parameters, hooks, state dict and adapter files stay what they are.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -153,9 +154,19 @@ def fuse(
     chosen: Backend = "triton" if report.backend == "triton" else "torch"
     rows = RowSeeds()
     if record is None and frozen_compute != "full":
+        _refuse_unknown(frozen_outliers, frozen_error_bound, frozen_head)
         settings: dict[str, Any] = {"lever": frozen_outliers, "bound": frozen_error_bound, "dtype": dtype}
         record = processes.from_first(
             lambda: freezing.decide(model, frozen_compute, **settings, head=frozen_head == "int8", calibrate=calibrate)
+        )
+    elif record is None and (frozen_outliers not in ("auto", "none"), frozen_head, frozen_error_bound) != (
+        False,
+        "full",
+        BOUND,
+    ):
+        raise ConfigError(
+            "fuse: frozen_outliers, frozen_head and frozen_error_bound have no effect with frozen_compute full.",
+            "Set frozen_compute to int8 or auto, or leave them out.",
         )
     if record is not None:
         report.record, report.kept_full = record, record.kept_full
@@ -179,12 +190,21 @@ def fuse(
     if report.frozen:
         for _, module in named:
             if ATTRIBUTE in module.__dict__:
-                state_of(module).extra["passes"] = True
+                state_of(module).extra |= {"passes": True, "codes": True}
             if isinstance(module, PreTrainedModel):
                 state = _state_or_new(module, "model", chosen, rows)
                 state.extra["codes"] = True
                 swap(module, modules.refusing_to_save(type(module)), state)
     return report
+
+
+def _refuse_unknown(outliers: str, bound: float, head: str) -> None:
+    """Raise ConfigError for a setting of frozen linears that is none."""
+    for name, value, known in (("frozen_outliers", outliers, get_args(Asked)), ("frozen_head", head, ("full", "int8"))):
+        if value not in known:
+            raise ConfigError(f"fuse: {name} must be one of {', '.join(known)}, got {value!r}.", "Write one of these.")
+    if not 0 < bound < math.inf:
+        raise ConfigError(f"fuse: frozen_error_bound must be a number above 0, got {bound}.", f"Write {BOUND}.")
 
 
 def _alone(model: nn.Module) -> list[str]:

@@ -90,6 +90,10 @@ def decide(
     commonest = max(sorted(set(shapes)), key=lambda shape: (shapes.count(shape) * shape[0] * shape[1], shape))
     device, own = places[0].weight.device, places[0].weight.dtype
     format, why = decide_format(asked, device, cast(tuple[int, int], commonest), dtype or own)
+    if format is None and (head or lever not in ("auto", "none")):
+        why += "; frozen_outliers and frozen_head do nothing then"
+    if format == "bf16" and head and asked == "bf16":
+        raise ConfigError("frozen_head: got int8 beside frozen_compute bf16.", "Take int8 for both, or write full.")
     if lever == "auto":
         lever = "none" if format in (None, "bf16") or calibrate is None else "both"
     record = FrozenRecord(format, why, lever, bound, head and format is not None, kept_full=kept)
@@ -120,6 +124,8 @@ def decide(
             record.kept_full[place.name] = f"its error in {format} is {error:.3f}, above the bound of {bound:g}"
         else:
             record.frozen.append(place.name)
+    if not record.frozen:
+        return _none_within(asked, record)
     record.outliers = {name: _on_cpu(one) for name, one in record.outliers.items() if name in record.frozen}
     return record
 
@@ -132,6 +138,24 @@ def _nothing_to_freeze(asked: FrozenCompute, kept: dict[str, str], record: Froze
     if asked != "auto":
         raise ConfigError(f"frozen_compute: got {asked}, and {told}.", "Set it to full, or train lora.")
     record.why = f"auto: full, as {told}"
+    return record
+
+
+def _none_within(asked: FrozenCompute, record: FrozenRecord) -> FrozenRecord:
+    """Every linear was measured and none may be rounded: as above."""
+    least = min(record.errors.values(), default=None)
+    told = (
+        "the calibration batch reaches none of them"
+        if least is None
+        else f"the least error in {record.format} is {least:.2g}, above the bound of {record.bound:g}"
+    )
+    if asked != "auto":
+        raise ConfigError(
+            f"frozen_compute: got {asked}, and no linear of this model can be rounded: {told}.",
+            "Set it to full, or allow more with frozen_error_bound.",
+        )
+    record.why = f"auto: full, as {told}"
+    record.format, record.head, record.outliers = None, False, {}
     return record
 
 
