@@ -146,3 +146,11 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], told: 
     with pytest.raises(ConfigError, match=told):
         fuse(model, **settings)
     assert not any(frozen_of(m) is not None for m in model.modules())
+
+
+def test_a_refused_setting_leaves_a_fused_model_as_it_was() -> None:
+    model = adapt(make("llama"))
+    calibrated(model, batch_of("llama"))
+    with pytest.raises(ConfigError, match="frozen_outliers must be one of"):
+        fuse(model, frozen_compute="int8", frozen_outliers="colums")  # type: ignore[arg-type]
+    assert any(frozen_of(m) is not None for m in model.modules())

@@ -148,25 +148,17 @@ def fuse(
             "a fused layer bypasses.",
             "Use FSDP2 or ZeRO-2, or leave the model unfused.",
         )
+    if record is None:
+        _refuse_settings(frozen_compute, frozen_outliers, frozen_error_bound, frozen_head)
     unfuse(model)
     report = FuseReport()
     report.backend, report.why = _choose(model, backend)
     chosen: Backend = "triton" if report.backend == "triton" else "torch"
     rows = RowSeeds()
     if record is None and frozen_compute != "full":
-        _refuse_unknown(frozen_outliers, frozen_error_bound, frozen_head)
         settings: dict[str, Any] = {"lever": frozen_outliers, "bound": frozen_error_bound, "dtype": dtype}
         record = processes.from_first(
             lambda: freezing.decide(model, frozen_compute, **settings, head=frozen_head == "int8", calibrate=calibrate)
-        )
-    elif record is None and (frozen_outliers not in ("auto", "none"), frozen_head, frozen_error_bound) != (
-        False,
-        "full",
-        BOUND,
-    ):
-        raise ConfigError(
-            "fuse: frozen_outliers, frozen_head and frozen_error_bound have no effect with frozen_compute full.",
-            "Set frozen_compute to int8 or auto, or leave them out.",
         )
     if record is not None:
         report.record, report.kept_full = record, record.kept_full
@@ -198,13 +190,18 @@ def fuse(
     return report
 
 
-def _refuse_unknown(outliers: str, bound: float, head: str) -> None:
-    """Raise ConfigError for a setting of frozen linears that is none."""
+def _refuse_settings(compute: str, outliers: str, bound: float, head: str) -> None:
+    """Raise ConfigError for settings of frozen linears that are none, or have no effect."""
     for name, value, known in (("frozen_outliers", outliers, get_args(Asked)), ("frozen_head", head, ("full", "int8"))):
         if value not in known:
             raise ConfigError(f"fuse: {name} must be one of {', '.join(known)}, got {value!r}.", "Write one of these.")
     if not 0 < bound < math.inf:
         raise ConfigError(f"fuse: frozen_error_bound must be a number above 0, got {bound}.", f"Write {BOUND}.")
+    if compute == "full" and (outliers not in ("auto", "none") or head != "full" or bound != BOUND):
+        raise ConfigError(
+            "fuse: frozen_outliers, frozen_head and frozen_error_bound have no effect with frozen_compute full.",
+            "Set frozen_compute to int8 or auto, or leave them out.",
+        )
 
 
 def _alone(model: nn.Module) -> list[str]:
