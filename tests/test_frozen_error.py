@@ -30,12 +30,18 @@ def test_a_layer_that_is_wrong_shows() -> None:
     outlier = x.clone()
     outlier[:, 5] *= 1000
     broken = measured(
-        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys), "int8", Outliers(), False
+        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys),
+        "int8",
+        Outliers(),
+        False,
     )
     assert below({"layers": [broken]})[:2] == ["a", "b"]
     mended = Outliers(columns=torch.tensor([5]))
     kept = measured(
-        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys), "int8", mended, False
+        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys),
+        "int8",
+        mended,
+        False,
     )
     assert below({"layers": [kept]}) == []
     wide = [torch.randn(128, 32, generator=draw)]

@@ -138,7 +138,7 @@ def freeze(
     Raises:
         ValueError: a weight that is not finite, or settings that do not fit it.
     """
-    settings = {"smooth": smooth, "columns": columns, "spare_gradients": spare_gradients}
+    settings: dict[str, Any] = {"smooth": smooth, "columns": columns, "spare_gradients": spare_gradients}
     return freeze_siblings([weight], format, **settings, transposed=transposed, units=units)[0]
 
 
