@@ -56,6 +56,8 @@ def test_lora_by_hand(tmp_path, tiny_model, kernels, compute, dropout, monkeypat
     for place, (m, k, n) in enumerate(linears(tokens)):
         first = place < 3  # reads the frozen embeddings: no gradient of x
         expected += 2 * m * k * n * (1 if first else 2)
+        if compute == "int8" and not first:
+            expected += 2 * m * k * (n // 64)  # columns of dy that are not rounded
         expected += 2 * m * RANK * (k + n)  # forward
         expected += 2 * m * RANK * (n + n + k + (0 if first else k))  # dB, dS, dA, dx
     expected += 3 * 2 * rows * HIDDEN * CLASSES  # the head
