@@ -87,10 +87,11 @@ class AdapterConfig(Section):
     dora: bool = False
     """Weight-decomposed update with a trained magnitude (DoRA, Liu et al. 2024)."""
     init: Annotated[
-        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|eva|lora-ga)$")
+        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|loftq|eva|lora-ga)$")
     ] = "default"
-    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`, or
-    from training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
+    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`,
+    `loftq` (the rounding error of a quantised backbone, its best approximation of that rank; Li et al. 2023), or from
+    training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained beside the adapter."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -266,8 +267,9 @@ class TrainingConfig(Section):
     """Learning rate after warm-up, in optimizer steps. `wsd`: constant, then linear decay over the last fifth."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Linear warm-up: below 1 a share of all steps, else a number of steps."""
-    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
-    """`adamw8bit` is bitsandbytes' (CPU and CUDA)."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """`adamw8bit` is bitsandbytes' (CPU and CUDA), with moments in 8 bits. The paged ones keep theirs in memory that
+    CUDA moves to the host when the GPU is full (CUDA only)."""
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     """AdamW's moments; the first is SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

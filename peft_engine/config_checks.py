@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_engine.config_frozen import frozen_faults
+from peft_engine.config_frozen import PREFERENCE, frozen_faults
 from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
 from peft_engine.config_options import option_faults
 from peft_engine.config_preference import preference_faults
+from peft_engine.config_quantised import quantised_faults
 
 KeyPath = tuple[str | int, ...]
 Tree = Mapping[str, Any]
@@ -23,7 +24,6 @@ CLASSES = ("text-classification", "image-classification")
 LABELLED = (*CLASSES, "token-classification")
 """Tasks with class names."""
 TEXT = ("causal-lm", "text-classification", "token-classification", "seq2seq")
-PREFERENCE = ("dpo", "orpo", "kto", "reward")
 TASKS = (*TEXT, "image-classification", *PREFERENCE)
 """All of `config.TaskName`, for what must not wait for pydantic."""
 TASK_ONLY: dict[str, tuple[str, ...]] = {
@@ -161,6 +161,7 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     ):
         faults.extend(check(values))
     faults.extend(Fault(("model", name), text) for name, text in frozen_faults(values))
+    faults.extend(Fault(tuple(name.split(".")), text) for name, text in quantised_faults(values))
     faults.extend(_options(values))
     return faults
 
@@ -341,9 +342,9 @@ def _patterns(values: Tree) -> Iterator[Fault]:
 
 
 def _selection(values: Tree) -> Iterator[Fault]:
-    for name in ("trainable", "frozen"):
-        for number, pattern in enumerate(lookup(values, f"training.{name}") or ()):
-            yield from _regex(("training", name, number), pattern)
+    for name in ("training.trainable", "training.frozen", "model.quantization_skip"):
+        for number, pattern in enumerate(lookup(values, name) or ()):
+            yield from _regex((*name.split("."), number), pattern)
     if lookup(values, "training.trainable") == []:
         yield Fault(("training", "trainable"), "got an empty list, which would train nothing; null trains all")
 

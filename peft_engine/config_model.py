@@ -32,8 +32,14 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the frozen weights. `auto`: float32 on CPU and MPS, and wherever all weights are trained; else as
     stored."""
-    quantization: Literal["none"] = "none"
-    """Weight quantisation of the frozen backbone."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Format in which the frozen linears' weights are kept, by bitsandbytes: `nf4` and `fp4` 4 bits a number with an
+    absmax for 64 of them (QLoRA), `int8` 8 bits with one for each row (the weights of LLM.int8(); activations are not
+    rounded). Heads, embeddings and norms stay as they are. A checkpoint that is quantised already is taken as it is."""
+    double_quantization: bool = True
+    """nf4, fp4: keep the absmax in 8 bits too."""
+    quantization_skip: list[Pattern] = []
+    """Linears that stay as they are: regular expressions, found anywhere in the full module name. Heads always do."""
     frozen_compute: Literal["full", "bf16", "int8", "fp8", "auto"] = "full"
     """Format of the frozen linears' matrix products, forward and backward; their weights take 1 byte (bf16: 2), x and
     gradients are rounded row by row. `full` is the training dtype, `auto` what is fastest on this device where it is
