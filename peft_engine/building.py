@@ -28,6 +28,7 @@ from .data.loading import encode_split
 from .data.packing import Packing
 from .data.splitting import Splits
 from .errors import ConfigError
+from .quantised import compute_dtype, told
 from .runtime import Runtime
 from .tasks import Task
 from .tasks.base import Batch, to_device
@@ -73,6 +74,8 @@ def build_group(
         record: what was decided about frozen linears when this run began; None decides now.
     """
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
+    if said := told(backbone.model, config.model, compute_dtype(config, runtime.device)):
+        backbone.decisions["quantization"] = said
     had_balance = without_balance_loss(backbone.model)
     if config.data.packing:
         refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
@@ -195,7 +198,8 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
 
 def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
     """Trained tensors are fp32; inside a narrower backbone, anything but LoRA's own products needs autocast."""
-    dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
+    frozen = [p for p in group.backbone.model.parameters() if not p.requires_grad]
+    dtypes = {p.dtype for p in frozen if p.is_floating_point()}  # codes are integers
     narrow = dtypes - {torch.float32}
     own = [name for name in group.members[0].all_tensors() if ".lora_" not in name]
     split = [m for m in group.model.modules() if not isinstance(m, LINEAR_TYPES) and len(_own_dtypes(m)) > 1]
@@ -213,7 +217,7 @@ def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
 
 
 def _own_dtypes(module: Any) -> set[torch.dtype]:
-    return {p.dtype for p in module.parameters(recurse=False)}
+    return {p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()}
 
 
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:

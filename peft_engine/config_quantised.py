@@ -49,4 +49,7 @@ def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if adapter.get("bias") not in (None, "none"):
         yield "adapter.bias", f"got {adapter['bias']}; bitsandbytes' linears give no gradient of a bias. Write none"
     if str(adapter.get("init")) == "lora-ga":
-        yield "adapter.init", "lora-ga reads the gradient of weights, which quantised ones have none of; try loftq or eva"
+        yield (
+            "adapter.init",
+            "lora-ga reads the gradient of weights, which quantised ones have none of; try loftq or eva",
+        )

@@ -26,6 +26,7 @@ from .meters.cost import cost_usd
 from .meters.energy import energy_here
 from .meters.memory import peak_rss_bytes, storage_bytes
 from .meters.time import PhaseTimer, percentiles
+from .quantised import weights_of
 from .run_directory import RunDirectory, command, refuse_other_settings, storage_errors
 from .runtime import git_state, hardware, machine, start, versions
 from .tasks import make_task
@@ -278,7 +279,7 @@ class Run:
         trainee, model = self.trainees[0], self.group.model
         average = trainee.average.tensors.values() if trainee.average is not None else ()
         held = {
-            "weights": storage_bytes([*model.parameters(), *model.buffers()]),
+            "weights": storage_bytes(weights_of(model)),
             "gradients": sum(t.numel() * t.element_size() for t in trainee.member.tensors.values()),
             "optimizer": self._optimizer_bytes() + storage_bytes(average),
         }

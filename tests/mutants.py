@@ -168,13 +168,12 @@ REMOVALS = (
     # 12
     R("12", "drift.py", "if not all(_within(name, values[name], bound) for name, bound in self.bounds.items()):",
       "if False:", "a_merge_that_drifts_is_refused"),
-    R("12", "using.py", "        apart.refuse()\n", "", "a_merge_that_drifts_is_refused"),
-    R("12", "using.py", "MAX_KL if max_kl is None else max_kl", "MAX_KL", "the_bound_is_the_users"),
-    R("12", "using.py", "    opened = open_run(path, overrides)\n    task, config, bound",
+    R("12", "export_run.py", "        best.apart.refuse()\n", "", "a_merge_that_drifts_is_refused"),
+    R("12", "export_run.py", "MAX_KL if max_kl is None else max_kl", "MAX_KL", "the_bound_is_the_users"),
+    R("12", "export_run.py", "    opened = open_run(path, overrides)\n    task, config, bound",
       "    opened = open_run(path, (*overrides, *IN_FULL))\n    task, config, bound",
       "a_rounded_run_is_merged_onto_its_own_weights_and_says_how_far_it_is"),
-    R("12", "using.py", "    opened = open_run(path, (*overrides, *IN_FULL))\n    if max_kl",
-      "    opened = open_run(path, overrides)\n    if max_kl",
+    R("12", "export_run.py", "return open_run(path, (*overrides, *IN_FULL))", "return open_run(path, overrides)",
       "a_rounded_run_is_merged_onto_its_own_weights_and_says_how_far_it_is"),
     # 13
     R("13", "exporting.py", "if not drift.relative <= bound:", "if False:",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbone import LINEAR_TYPES, Backbone
+from ..quantised import count_of
 from ..runtime import seed_everything
 from .adalora import RankAllocation
 from .fusing import FuseReport, RowSeeds
@@ -152,7 +153,7 @@ class Group:
         """(trainable, total) parameters; other members' adapters are not counted."""
         own = {id(t) for t in member.all_tensors().values()}
         others = {id(t) for m in self.members for t in m.all_tensors().values()} - own
-        total = sum(p.numel() for p in self.model.parameters() if id(p) not in others)
+        total = sum(count_of(p) for p in self.model.parameters() if id(p) not in others)
         return sum(t.numel() for t in member.tensors.values()), total
 
 

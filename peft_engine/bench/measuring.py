@@ -28,6 +28,7 @@ from ..meters.energy import energy_here
 from ..meters.flops import count_flops, gemm_rate
 from ..meters.memory import peak_rss_bytes
 from ..meters.time import PhaseTimer
+from ..quantised import count_of
 from ..run import train
 from ..runtime import Runtime, git_state, hardware, start, versions
 from ..tasks import Task, make_task
@@ -150,7 +151,7 @@ def baseline(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "memory": None,
         "optimizer_state_bytes": 0,
         "trainable_parameters": 0,
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_parameters": sum(count_of(p) for p in model.parameters()),
         "adapter_file_bytes": None,
         "flops_per_step": None,
         "mfu": None,

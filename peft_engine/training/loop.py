@@ -16,6 +16,7 @@ from ..config import Config
 from ..data.encoding import EncodedSet
 from ..errors import Diverged, OutOfMemory
 from ..meters.memory import LiveBytes
+from ..quantised import weights_of
 from ..runtime import Runtime, combine, give_back_freed_memory, seed_everything
 from ..tasks.base import Task
 from .ema import averaged
@@ -298,7 +299,7 @@ class Loop:
             for v in s.values()
             if isinstance(v, torch.Tensor)
         ]
-        weights = [own_part(tensor) for tensor in (*self.group.model.parameters(), *self.group.model.buffers())]
+        weights = [own_part(tensor) for tensor in weights_of(self.group.model)]
         averages = [v for t in self.trainees if t.average is not None for v in t.average.tensors.values()]
         return [*weights, *states, *averages]
 
