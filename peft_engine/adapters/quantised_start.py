@@ -85,7 +85,7 @@ def _best_pair(error: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _twin(layer: Any, adapter: str, settings: LoraConfig, weight: Tensor | None) -> Any:
-    """peft's LoRA layer as it starts on a plain linear with `weight`, (out, in); any weight where that doesn't matter."""
+    """peft's LoRA layer as it starts on a plain linear with `weight`, (out, in); else with any."""
     base = nn.Linear(layer.in_features, layer.out_features, bias=False)
     if weight is not None:
         base.weight = nn.Parameter(weight.clone(), requires_grad=False)
