@@ -152,7 +152,9 @@ def test_not_in_this_version(name: str, value: str) -> None:
 
 def test_not_in_this_version_says_what_there_is() -> None:
     assert "this version has lora, full, head, bitfit, houlsby" in said("adapter.method", "reft")
-    assert said("model.quantization", "nf4").endswith("this version has none")
+    assert said("model.quantization", "fp8").endswith("this version has none, nf4, fp4, int8")
+    assert said("model.quantization", "4bit").endswith("write nf4")
+    assert "it is taken as it is stored" in said("model.quantization", "gptq")
     assert "not in this version; budget has max_usd and max_hours" in said("budget.max_kwh", "3")
 
 
