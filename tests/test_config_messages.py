@@ -99,7 +99,11 @@ def test_unknown_key(name: str, nearest: str) -> None:
             "cosin",
             "got cosin (text), expected one of constant, linear, cosine, wsd; nearest: cosine",
         ),
-        ("training.optimizer", "adamw_torch", "one of adamw, sgd, adafactor, adamw8bit; write adamw"),
+        (
+            "training.optimizer",
+            "adamw_torch",
+            "one of adamw, sgd, adafactor, adamw8bit, paged_adamw, paged_adamw8bit; write adamw",
+        ),
         ("adapter.method", "LoRA", "got LoRA (text), expected one of lora, full, head, bitfit, houlsby, pfeiffer,"),
         ("adapter.method", "dora", "; write lora, with adapter.dora: true"),
         (
