@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from comparing import changed
 from gguf import GGUFReader
 from peft import PeftModel
-from quantised_models import maker, settings
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from wide_models import maker, settings
 
 from peft_engine import gguf_files
 from peft_engine.cli import cli

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from chat_samples import CHATML, CHATML_TOKENS, LLAMA3, MARKED, PHI3, byte_tokenizer, chatml, metaspace_tokenizer
 from comparing import changed, write_config
 from peft.tuners.lora.layer import Linear as PeftLinear
-from quantised_models import make_wide
 from ranks import done, ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -41,6 +40,7 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedTokenizerBase,
 )
+from wide_models import make_wide
 
 from peft_engine import exporting, quantised
 from peft_engine.adapters import files

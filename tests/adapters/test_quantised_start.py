@@ -9,10 +9,10 @@ import torch
 from bitsandbytes import functional
 from comparing import Crash, changed, crash_at, outcome
 from peft import PeftModel
-from quantised_models import maker, settings
 from safetensors.torch import load_file
 from tiny import assemble
 from transformers import AutoModelForCausalLM
+from wide_models import maker, settings
 
 from peft_engine.adapters.quantised_start import lora_layers
 from peft_engine.config import Config

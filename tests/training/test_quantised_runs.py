@@ -8,10 +8,10 @@ import pytest
 import torch
 from bitsandbytes import functional
 from comparing import Crash, changed, crash_at, outcome
-from quantised_models import maker, settings
 from safetensors.torch import load_file
 from tiny import assemble, logits_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from wide_models import maker, settings
 
 from peft_engine.errors import ConfigError
 from peft_engine.quantised import dequantised, kind_of, quantised_linears, side_tensors
