@@ -196,6 +196,7 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         ConfigError: weights are stored in blocks that its CPU kernels misread.
     """
+    model.__dict__.pop("hf_device_map", None)  # one device: peft and save_pretrained take "cpu" in it for offloading
     for name, linear in quantised_linears(model).items():
         if kind_of(linear) == "int8":
             continue
