@@ -46,6 +46,11 @@ def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"got {kind}, and adapter.method {method} works on the frozen weights themselves; with quantised ones run "
             f"{', '.join(METHODS)}",
         )
+    if kind == "int8" and adapter.get("dora"):
+        yield (
+            "adapter.dora",
+            "peft's DoRA loses the scales of int8 weights after the first forward; write nf4, or leave it out",
+        )
     if adapter.get("bias") not in (None, "none"):
         yield "adapter.bias", f"got {adapter['bias']}; bitsandbytes' linears give no gradient of a bias. Write none"
     if str(adapter.get("init")) == "lora-ga":

@@ -287,6 +287,12 @@ def test_what_goes_with_frozen_compute(task: str, sections: dict[str, Any], told
             "model.double_quantization: has no effect",
         ),
         ("causal-lm", {"model": "{quantization_skip: ['(']}"}, "model.quantization_skip[0]: got '(', expected a"),
+        (
+            "causal-lm",
+            {"model": "{quantization: int8}", "adapter": "{dora: true}"},
+            "adapter.dora: peft's DoRA loses the scales of int8",
+        ),
+        ("causal-lm", {"adapter": "{dora: true}"}, None),
         ("kto", {}, "model.quantization: got nf4; task kto trains in the loop of TRL"),
         ("causal-lm", {"training": "{parallel: fsdp}"}, "training.parallel: fsdp shares out weights as they are"),
     ],
