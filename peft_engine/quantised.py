@@ -343,6 +343,10 @@ def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Format]:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+    loaded: Any = getattr(model, "_weight_conversions", None)
+    if loaded:  # saving would undo what made codes of a stored checkpoint
+        plain = [one for one in loaded if not any(hasattr(op, "hf_quantizer") for op in getattr(one, "operations", ()))]
+        setattr(model, "_weight_conversions", plain or None)  # noqa: B010
     for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         if getattr(model, flag, False):
             setattr(model, flag, False)
