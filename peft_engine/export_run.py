@@ -132,7 +132,9 @@ def _export_whole(
                 os.replace(result, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    others = {one.base: one.apart for one in tried if one.apart is not None} if len(tried) > 1 else {}
+    others: dict[str, HeldOut] = {}
+    if len(tried) > 1:
+        others = {one.base: one.apart for one in tried if one.apart is not None}
     return replace(best.drift, held_out=best.apart, base=best.base, bases=others)
 
 

@@ -135,7 +135,7 @@ def _describe(writer: Any, settings: Any, dtype: torch.dtype) -> None:
 
     heads = settings.num_attention_heads
     width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    rope = getattr(settings, "rope_parameters", None) or {}
+    rope: dict[str, Any] = getattr(settings, "rope_parameters", None) or {}
     kinds = {torch.float16: LlamaFileType.MOSTLY_F16, torch.bfloat16: LlamaFileType.MOSTLY_BF16}
     writer.add_type(GGUFType.MODEL)
     writer.add_file_type(kinds.get(dtype, LlamaFileType.ALL_F32))
@@ -325,7 +325,7 @@ def scale_of(module: str, rank: int, settings: dict[str, Any]) -> float:
     """peft's scale of one LoRA pair, from the adapter's settings."""
     from peft.utils.other import get_pattern_key
 
-    patterns = settings.get("alpha_pattern") or {}
+    patterns: dict[str, Any] = settings.get("alpha_pattern") or {}
     name = module.removeprefix("base_model.model.")
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), settings["lora_alpha"])
+    alpha = patterns.get(get_pattern_key(list(patterns), name), settings["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)

@@ -137,7 +137,7 @@ def _refuse_contradiction(settings: ModelConfig, stored: str) -> None:
         )
 
 
-def missing_package(settings: ModelConfig, stored: str, error: ImportError) -> ConfigError:
+def missing_package(settings: ModelConfig, stored: str, error: Exception) -> ConfigError:
     """A checkpoint in a format whose library is not here."""
     package = PACKAGES.get(stored, "bitsandbytes" if stored in OWN else stored)
     return ConfigError(
@@ -275,10 +275,9 @@ class Format:
 
         device = weight.device
         if self.kind == "int8":
-            return bitsandbytes.nn.Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False).to(
-                device
-            )
-        return bitsandbytes.nn.Params4bit(
+            rows: Any = bitsandbytes.nn.Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+            return rows.to(device)
+        blocks: Any = bitsandbytes.nn.Params4bit(
             weight.detach().to(self.dtype),
             requires_grad=False,
             blocksize=self.blocksize,
@@ -286,7 +285,8 @@ class Format:
             quant_type=self.kind,
             quant_storage=self.storage,
             module=module,
-        ).to(device)
+        )
+        return blocks.to(device)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """What becomes of `weight`, (out, in): float32 of its shape."""
