@@ -149,7 +149,8 @@ def _describe(writer: Any, settings: Any, dtype: torch.dtype) -> None:
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or getattr(settings, "rope_theta", 10000.0)))
+    theta: Any = rope.get("rope_theta") or getattr(settings, "rope_theta", 10000.0)
+    writer.add_rope_freq_base(float(theta))
     writer.add_layer_norm_rms_eps(settings.rms_norm_eps)
 
 
