@@ -16,11 +16,11 @@ from .data.encoding import EncodedSet, cache_folder
 from .data.loading import encode_split, load_splits, without_looking
 from .drift import MAX_KL, Drift, HeldOut, compare, held_out
 from .errors import ConfigError, EngineError, VerificationError
-from .exporting import export_merged, verify_adapter
+from .exporting import compare_on_probe, export_merged, verify_adapter
 from .gguf_files import ADAPTER, MODEL, refuse_without_gguf, why_no_adapter, write_adapter, write_model
-from .opening import IN_FULL, NOT_ROUNDED, Opened, open_run
+from .opening import Opened, open_run
 from .quantised import stored_kind
-from .run_directory import find_run, storage_errors, write_whole
+from .run_directory import IN_FULL, NOT_ROUNDED, find_run, storage_errors, write_whole
 from .runtime import versions
 from .tasks import Task
 from .tasks.items import item_kind
@@ -193,7 +193,10 @@ def _hold_against_trained(
                 "Restore the data.",
             ) from error
         note = f"the run's rows can't be read: {error.problem}"
-        tried[0].apart = held_out(tried[0].drift, task, "probe", 0, 0, bound, note=note)
+        only = tried[0]
+        same = only.base == "full precision" and opened.group.fused is None  # what was merged is what was trained
+        found = only.drift if same else compare_on_probe(opened.group, task, only.folder)
+        only.apart = held_out(found, task, "probe", 0, 0, bound, note=note)
     else:
         size = config.evaluation.batch_size or config.training.batch_size
         for one in tried:

@@ -13,7 +13,6 @@ from .adapters.new_rows import with_new_tokens
 from .adapters.quantised_start import lora_layers
 from .config import Config
 from .config_checks import LABELLED
-from .config_frozen import BOUND
 from .data.labels import Labels
 from .errors import StorageError
 from .exporting import LABELS, read_labels
@@ -21,15 +20,6 @@ from .quantised import Format, dequantise, full_weights, quantised_linears
 from .run_directory import find_run
 from .runtime import Runtime, start
 from .tasks import Task, make_task
-
-NOT_ROUNDED = (
-    "model.frozen_compute=full",
-    "model.frozen_outliers=none",
-    "model.frozen_head=full",
-    f"model.frozen_error_bound={BOUND}",
-)
-"""Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
-IN_FULL = (*NOT_ROUNDED, "model.quantization=none", "model.double_quantization=true", "model.quantization_skip=[]")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .config import Config
+from .config_frozen import BOUND
 from .config_reading import load_config
 from .errors import ConfigError, EngineError, StorageError
 
@@ -202,6 +203,18 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+NOT_ROUNDED = (
+    "model.frozen_compute=full",
+    "model.frozen_outliers=auto",
+    "model.frozen_head=full",
+    f"model.frozen_error_bound={BOUND}",
+)
+"""Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
+NOT_QUANTISED = ("model.quantization=none", "model.double_quantization=true", "model.quantization_skip=[]")
+IN_FULL = (*NOT_ROUNDED, *NOT_QUANTISED)
+"""The model's own weights, neither rounded nor quantised."""
+
+
 def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Config]:
     """The folder and the settings of a finished run.
 
@@ -225,7 +238,26 @@ def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Con
         )
     if not (folder / "adapter").is_dir():
         raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
-    return folder, load_config(folder / "config.yaml", overrides)
+    if "model.frozen_compute=full" in overrides:  # what only means something beside another format goes with it
+        overrides = (*overrides, *NOT_ROUNDED)
+    if "model.quantization=none" in overrides:
+        overrides = (*overrides, *NOT_QUANTISED)
+    found = load_config(folder / "config.yaml", overrides)
+    _refuse_other_rounding(found, load_config(folder / "config.yaml"))
+    return folder, found
+
+
+def _refuse_other_rounding(asked: Config, own: Config) -> None:
+    """A run is used as it was trained, or on the model's own weights."""
+    for main, plain, part in (("frozen_compute", "full", "frozen_"), ("quantization", "none", "quantization")):
+        names = [main, *(name for name in type(own.model).model_fields if part in name and name != main)]
+        other = [name for name in names if getattr(asked.model, name) != getattr(own.model, name)]
+        if other and getattr(asked.model, main) != plain:
+            raise ConfigError(
+                f"model.{other[0]}: got {getattr(asked.model, other[0])}, and the run was trained with "
+                f"{getattr(own.model, other[0])}.",
+                f"Leave it as it was, or set model.{main}={plain} for the model's own weights.",
+            )
 
 
 def _near_runs(folder: Path) -> str:

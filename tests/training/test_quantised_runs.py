@@ -252,3 +252,35 @@ def test_half_precision_around_the_codes(wide, tmp_path) -> None:
     assert dtypes == {torch.bfloat16}
     assert {t.dtype for t in group.members[0].tensors.values()} == {torch.float32}
     assert isinstance(generate(Path(given.output), "the quick", max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "told"),
+    [
+        ("nf4", "model.quantization=fp4", "model.quantization: got fp4, and the run was trained with nf4"),
+        ("nf4", "model.double_quantization=false", "model.double_quantization: got False"),
+        ("none", "model.quantization=nf4", "model.quantization: got nf4, and the run was trained with none"),
+    ],
+)
+def test_a_run_is_not_used_in_another_quantisation(kind, other, told, wide, tmp_path) -> None:
+    skipped = {} if kind == "none" else {"quantization_skip": ["k_proj"]}
+    train(settings(wide("llama"), tmp_path, model={"quantization": kind, **skipped}))
+    with pytest.raises(ConfigError, match=told):
+        evaluate(tmp_path / "run", overrides=(other,))
+    opened = open_run(tmp_path / "run", ("model.quantization=none",))  # the model's own weights
+    assert not quantised_linears(opened.group.model)
+
+
+def test_a_merge_of_a_stored_checkpoint_without_rows_is_held_against_its_codes(wide, tmp_path) -> None:
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    source, folder = wide("llama"), tmp_path / "stored"
+    model: Any = AutoModelForCausalLM.from_pretrained(source, quantization_config=four, device_map={"": "cpu"})
+    model.save_pretrained(folder)
+    for file in (*source.glob("*token*"), *source.glob("*.jinja")):
+        (folder / file.name).write_bytes(file.read_bytes())
+    train(settings(folder, tmp_path, model={"quantization": "none"}))
+    (tmp_path / "rows.jsonl").unlink()
+    _, drift = export(tmp_path / "run", merged=True)
+    assert drift.held_out is not None
+    assert drift.held_out.split == "probe"
+    assert drift.held_out.relative < 1e-3

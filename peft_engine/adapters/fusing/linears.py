@@ -48,12 +48,13 @@ class FusedLoraLinear(PeftLinear):
 
     def _pefts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """peft's own forward, which calls the base layer; only its variants read the base layer's weight."""
-        if not self.disable_adapters and any(name in self.lora_variant for name in self.active_adapters):
+        reads = any(name in self.lora_variant for name in self.active_adapters)
+        if not self.disable_adapters and reads and frozen_of(self.get_base_layer()) is not None:
             refuse_numbers(self, self.get_base_layer(), "This adapter has no fused form here")
         return PeftLinear.forward(self, x, *args, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """As peft's, where the base weight is numbers."""
+        """As peft's, where all weights of the model are numbers: else some layers would be merged and others not."""
         refuse_numbers(self, self.get_base_layer(), "merge")
         PeftLinear.merge(self, *args, **kwargs)
 
