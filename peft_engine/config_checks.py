@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_engine.config_frozen import frozen_faults
+from peft_engine.config_memory import memory_faults
 from peft_engine.config_methods import ADAPTER_SETTINGS, BOTTLENECK, PROMPTS, SETTINGS, WHOLE_TENSORS, owners
 from peft_engine.config_options import option_faults
 from peft_engine.config_preference import preference_faults
@@ -161,8 +162,8 @@ def cross_faults(given: Tree, values: Tree) -> list[Fault]:
     ):
         faults.extend(check(values))
     faults.extend(Fault(("model", name), text) for name, text in frozen_faults(values))
-    faults.extend(_options(values))
-    return faults
+    faults.extend(Fault(path, text) for path, text in memory_faults(values))
+    return [*faults, *_options(values)]
 
 
 def _empty_text(values: Tree) -> Iterator[Fault]:

@@ -15,7 +15,7 @@ from peft_engine.config_names import ADVICE, EXPECTED, KEYS, NOT_YET, VALUES
 from peft_engine.config_yaml import Origin, show
 
 Schema = dict[str, Any]
-MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float)|[A-Z]\w*Config)$")
+MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float|bool)|[A-Z]\w*Config)$")
 """pydantic's names of union members."""
 
 

@@ -20,7 +20,7 @@ from .adapters.fusing.frozen_record import FILE, read_record
 from .adapters.group import Group
 from .adapters.lora import move_weights_again, moves_weights
 from .adapters.new_rows import with_new_tokens
-from .building import refuse_too_long
+from .building import refuse_layers_here, refuse_too_long, stream_layers
 from .config import Config
 from .config_checks import LABELLED, PREFERENCE
 from .config_frozen import BOUND
@@ -46,6 +46,7 @@ IN_FULL = (
     "model.frozen_compute=full",
     "model.frozen_outliers=none",
     "model.frozen_head=full",
+    "model.offload=none",
     f"model.frozen_error_bound={BOUND}",
 )
 """Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
@@ -79,9 +80,12 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
     if labels is None and config.task in LABELLED:
         raise StorageError(f"{folder / 'adapter' / LABELS} is missing.", "Restore it, or train again.")
     runtime = start(config)
+    refuse_layers_here(config, runtime.device)
     task = make_task(config, labels)
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
     group = load_adapter(backbone, config, folder / "adapter")
+    if config.model.offload == "layers":
+        stream_layers(group, runtime.device)
     if config.model.frozen_compute != "full":
         _freeze_as_trained(group, config, read_record(folder / FILE))
     return Opened(folder, config, labels, task, runtime, group)
