@@ -90,7 +90,7 @@ class Plan:
         return nullcontext() if self.dtype is None else torch.autocast(x.device.type, enabled=False)
 
     def bare(self) -> "Plan":
-        """For backward: the recipe without its inputs, which are among the saved tensors and may be elsewhere by then."""
+        """For backward: the recipe without its inputs, which are saved tensors and may be elsewhere by then."""
         return self if self.recipe is None else replace(self, recipe=replace(self.recipe, inputs=()))
 
     def input_again(self, x: Tensor | None, tensors: Any) -> Tensor:

@@ -83,7 +83,6 @@ class Group:
     rows: RowSeeds | None = None
     noise: Neftune | None = None
     offload: ActivationOffload | None = None
-    started_from| None = None
     started_from: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     _active: str | None = None
