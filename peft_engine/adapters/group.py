@@ -72,7 +72,7 @@ class Group:
         rows: names the samples of a batch to the fused model's dropout.
         noise: on the input embeddings in training, None without NEFTune.
         offload: where saved tensors go between forward and backward, None where they stay.
-        started_from: dict: what `adapter.start_from` gave, for the record.
+        started_from: what `adapter.start_from` gave, for the record.
     """
 
     backbone: Backbone

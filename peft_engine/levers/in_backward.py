@@ -52,11 +52,14 @@ class StepInBackward:
         assert id(tensor) not in self._norms, "a second backward within the step"
         assert tensor.grad is not None
         self._norms[id(tensor)] = norm = torch.linalg.vector_norm(tensor.grad)
-        self._finite = self._finite and bool(torch.isfinite(norm))
+        self._finite = self._finite and self._is_finite(norm)
         if self._finite:
             self._update(tensor)
             self.moved += 1
         tensor.grad = None
+
+    def _is_finite(self, norm: Tensor) -> bool:
+        return bool(torch.isfinite(norm))
 
     def _update(self, tensor: Tensor) -> None:
         """The optimizer's own step with this tensor alone; its state stays where a checkpoint looks for it."""
