@@ -165,7 +165,7 @@ def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Causal attention by the operator that sdpa picks for a whole sequence: its choice looks at real devices."""
-    if module.training and os.environ.get("TRITON_INTERPRET"):  # the card's; it reads fewer key heads than queries
+    if os.environ.get("TRITON_INTERPRET"):  # the card's; it reads fewer key heads than queries
         flash = torch.ops.aten._scaled_dot_product_flash_attention
     else:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -233,7 +233,8 @@ def prepared(model: Any, levers: Levers, backend: Any, mode: Any) -> Any:
 def step(model: Any, ids: Tensor, optimizer: Any, levers: Levers, narrow: bool, offload: Any) -> None:
     """One training step, as the engine's loop makes it."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    early = (AllFinite if narrow else StepInBackward)(optimizer, trained) if levers.in_backward else None
+    kind = StepInBackward if type(ids) is Tensor else AllFinite
+    early = kind(optimizer, trained) if levers.in_backward else None
     with early.during() if early else nullcontext():
         autocast = torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext()
         with autocast, offload.during() if offload else nullcontext():
