@@ -4,10 +4,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import memory_levers as levers
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import memory_levers as levers
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16,
