@@ -215,10 +215,8 @@ def prepared(model: Any, levers: Levers, backend: Any, mode: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     base = model
-    with mode:
-        if levers.method == "full":
-            model = model.float()
-        else:
+    if levers.method == "lora":
+        with mode:
             model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     if levers.fused:
         fuse(model, backend)
@@ -291,7 +289,8 @@ def count_fake(shape: dict[str, Any], rows: int, tokens: int, levers: Levers, ca
     """`card`: bf16 weights and products on a card's path, else fp32 on a CPU's."""
     mode, run = FakeTensorMode(), replace(levers, weights="", layers=False)
     with as_on_a_card() if card else nullcontext():
-        model = fake_model(shape, torch.bfloat16 if card else torch.float32, mode)
+        stored = torch.bfloat16 if card and levers.method == "lora" else torch.float32
+        model = fake_model(shape, stored, mode)
         model = prepared(model, run, "triton" if card else "torch", mode)
         with mode:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
