@@ -122,12 +122,17 @@ class StreamedLayers:
     def _came(self, number: int, gradient: Tensor) -> None:
         """The gradient of a layer's output is there: its backward pass begins."""
         self._ready(self.layers[number])
-        if number and self.layers[number - 1].trains:
-            self._start(self.layers[number - 1])
+        if number == len(self.layers) - 1:
+            self._ahead(number - 1)
 
     def _went(self, number: int, gradient: Tensor) -> None:
-        """The gradient of a layer's input is whole: nothing of the layer is used any more."""
+        """The gradient of a layer's input is whole: nothing of the layer is used any more. The one before it runs now."""
         self._release(self.layers[number])
+        self._ahead(number - 2)
+
+    def _ahead(self, number: int) -> None:
+        if number >= 0 and self.layers[number].trains:
+            self._start(self.layers[number])
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
