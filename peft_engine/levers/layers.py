@@ -126,7 +126,7 @@ class StreamedLayers:
             self._ahead(number - 1)
 
     def _went(self, number: int, gradient: Tensor) -> None:
-        """The gradient of a layer's input is whole: nothing of the layer is used any more. The one before it runs now."""
+        """The gradient of a layer's input is whole: nothing of it is used any more, and the one before it runs."""
         self._release(self.layers[number])
         self._ahead(number - 2)
 

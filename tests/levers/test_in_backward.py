@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from comparing import changed, small
 from tiny import assemble
@@ -19,6 +20,7 @@ from peft_engine.levers.in_backward import StepInBackward
 from peft_engine.meters.memory import LiveBytes
 from peft_engine.run import train
 from peft_engine.runtime import Runtime, start
+from peft_engine.training.loop import Hooks
 
 Models = Callable[[str], Path]
 
@@ -126,18 +128,21 @@ def test_nothing_moves_once_a_gradient_is_not_finite() -> None:
     assert all(torch.equal(t.detach(), torch.ones(2)) for t in (first, second))
 
 
-def test_a_run_that_diverges_says_what_moved(tiny_model: Models, tmp_path: Path) -> None:
+def test_a_run_that_diverges_says_what_moved(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Poison in the middle of the model: what stands above it was updated already, so no checkpoint is written."""
-    given = settings(tiny_model("llama"), tmp_path, True, training__save_every=1)
-    run = assemble(given)
+    saved: list[int] = []
+    monkeypatch.setattr(tiny, "Hooks", lambda **given: Hooks(**{**given, "save": saved.append}))
+    run = assemble(settings(tiny_model("llama"), tmp_path, True, training__save_every=1))
     run.train(1)
+    assert saved == [1]
     layer: Any = dict(run.group.model.named_modules())["base_model.model.model.layers.0.mlp"]
     layer.register_forward_hook(lambda _, __, y: Poisoned.apply(y))
-    saved: list[int] = []
     with pytest.raises(Diverged, match=r"gradient norm (nan|inf)") as found:
         run.train(2)
     assert "tensors were updated before: the last checkpoint has good weights" in str(found.value.fix)
-    assert saved == []
+    assert saved == [1]
 
 
 def test_run_json(tiny_model: Models, tmp_path: Path) -> None:

@@ -162,8 +162,9 @@ def test_what_is_moved() -> None:
 
 
 def test_layers_without_a_gradient_are_not_fetched_for_backward() -> None:
-    model, batch = built(llama, layers_to_transform=[LAYERS - 1])
-    plain, _ = built(llama, layers_to_transform=[LAYERS - 1])
+    last = {"layers_to_transform": [LAYERS - 1], "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    model, batch = built(llama, **last)
+    plain, _ = built(llama, **last)
     layers, lane = streamed(model)
     before = lane.back
     loss, found = step(model, batch)
