@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -197,32 +197,48 @@ def real_model(levers: Levers) -> Any:
     return AutoModelForCausalLM.from_pretrained(SMOLLM, **settings)
 
 
-def fake_model(shape: dict[str, Any], dtype: torch.dtype, mode: Any) -> Any:
+def fake_model(shape: dict[str, Any], dtype: torch.dtype) -> Any:
+    """On `meta`, where modules are made without memory; `filled` makes it fake."""
     AttentionInterface.register("counted", attend)
     AttentionMaskInterface.register("counted", lambda *_, **__: None)
     settings = {"max_position_embeddings": 16384, "use_cache": False, "attn_implementation": "counted"}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with mode:
+        with torch.device("meta"):
             return LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False} | shape, **settings))
     finally:
         torch.set_default_dtype(before)
 
 
-def prepared(model: Any, levers: Levers, backend: Any, mode: Any) -> Any:
+def filled(model: Any, mode: FakeTensorMode) -> None:
+    """Fake tensors for those on `meta`, in place; tied weights stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is not None and id(old) not in made:
+                    with mode:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                        made[id(old)] = nn.Parameter(new, old.requires_grad) if table is module._parameters else new
+                if old is not None:
+                    table[name] = made[id(old)]
+
+
+def prepared(model: Any, levers: Levers, backend: Any, mode: FakeTensorMode | None = None) -> Any:
     """With adapters, fused and checkpointed as asked, in training mode."""
     from peft import LoraConfig, get_peft_model
 
     base = model
     if levers.method == "lora":
-        with mode:
-            model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if mode is not None:
+        filled(model, mode)
     if levers.fused:
         fuse(model, backend)
     if levers.checkpointing:
         checkpoint_layers(base, levers.checkpointing if levers.checkpointing > 1 else True)
-        for module in base.modules() if isinstance(mode, FakeTensorMode) else ():
+        for module in base.modules() if mode is not None else ():
             if hasattr(module, "gradient_checkpointing"):  # a fake generator has no state to put back
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     return model.train()
@@ -282,7 +298,7 @@ def count_real(levers: Levers) -> dict[str, int]:
     tokens = AutoTokenizer.from_pretrained(SMOLLM)(text, verbose=False)["input_ids"]
     ids = torch.tensor(tokens[: BATCH[0] * BATCH[1]]).view(BATCH)
     torch.manual_seed(0)
-    return counted(prepared(real_model(levers), levers, "torch", nullcontext()), levers, ids, False)
+    return counted(prepared(real_model(levers), levers, "torch"), levers, ids, False)
 
 
 def count_fake(shape: dict[str, Any], rows: int, tokens: int, levers: Levers, card: bool) -> dict[str, int]:
@@ -290,8 +306,7 @@ def count_fake(shape: dict[str, Any], rows: int, tokens: int, levers: Levers, ca
     mode, run = FakeTensorMode(), replace(levers, weights="", layers=False)
     with as_on_a_card() if card else nullcontext():
         stored = torch.bfloat16 if card and levers.method == "lora" else torch.float32
-        model = fake_model(shape, stored, mode)
-        model = prepared(model, run, "triton" if card else "torch", mode)
+        model = prepared(fake_model(shape, stored), run, "triton" if card else "torch", mode)
         with mode:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
             found = counted(model, run, ids, card)

@@ -1,6 +1,5 @@
 """benchmarks/memory_levers.py: the fake count is the real one, and its sums are bitsandbytes' own."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ SHAPE: dict[str, Any] = {
 def test_fake_counts_what_is_real(one: levers.Levers) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, max_position_embeddings=512, use_cache=False)
-    model = levers.prepared(LlamaForCausalLM(config), one, "torch", nullcontext())
+    model = levers.prepared(LlamaForCausalLM(config), one, "torch")
     ids = torch.randint(0, 300, (2, 256))
     real = levers.counted(model, one, ids, False)
     fake = levers.count_fake(SHAPE, 2, 256, one, False)

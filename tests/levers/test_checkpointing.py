@@ -25,7 +25,7 @@ def ran(model: Any, ids: torch.Tensor) -> list[int]:
     def count(number: int) -> Any:
         return lambda *_: calls.__setitem__(number, calls[number] + 1)
 
-    hooks = [layer.mlp.register_forward_hook(count(i)) for i, layer in enumerate(model.model.layers)]
+    hooks = [layer.mlp.register_forward_pre_hook(count(i)) for i, layer in enumerate(model.model.layers)]
     model(input_ids=ids, labels=ids).loss.backward()
     for hook in hooks:
         hook.remove()
