@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ ALONE = (
     replace(LORA, weights="int8"),
     replace(LORA, weights="nf4"),
     replace(LORA, layers=True),
-    Levers("full"),
-    Levers("full", in_backward=True),
+    Levers("full", checkpointing=1),
+    Levers("full", checkpointing=1, in_backward=True),
 )
 """Each lever by itself."""
 SMALL = replace(LORA, checkpointing=1, activation_offload=True)
@@ -301,16 +301,15 @@ def count_real(levers: Levers) -> dict[str, int]:
     return counted(prepared(real_model(levers), levers, "torch"), levers, ids, False)
 
 
-def count_fake(shape: dict[str, Any], rows: int, tokens: int, levers: Levers, card: bool) -> dict[str, int]:
-    """`card`: bf16 weights and products on a card's path, else fp32 on a CPU's."""
-    mode, run = FakeTensorMode(), replace(levers, weights="", layers=False)
+def count_fake(name: str | dict[str, Any], rows: int, tokens: int, levers: Levers, card: bool) -> dict[str, int]:
+    """`card`: bf16 weights and products on a card's path, else fp32 on a CPU's. `name`: of SHAPES, or a shape."""
+    mode, shape = FakeTensorMode(), SHAPES[name] if isinstance(name, str) else name
     with as_on_a_card() if card else nullcontext():
         stored = torch.bfloat16 if card and levers.method == "lora" else torch.float32
-        model = prepared(fake_model(shape, stored), run, "triton" if card else "torch", mode)
+        model = prepared(fake_model(shape, stored), levers, "triton" if card else "torch", mode)
         with mode:
             ids = torch.zeros(rows, tokens, dtype=torch.int64)
-            found = counted(model, run, ids, card)
-    return added_up(found, shape, levers)
+            return counted(model, levers, ids, card)
 
 
 def linears(shape: dict[str, Any]) -> list[int]:
@@ -348,6 +347,10 @@ def added_up(found: dict[str, int], shape: dict[str, Any], levers: Levers) -> di
     }
 
 
+def added_up_from(count: Any, name: str, tokens: int, levers: Levers) -> dict[str, int]:
+    return added_up(count(name, 1, tokens, replace(levers, weights="", layers=False)), SHAPES[name], levers)
+
+
 def jobs(what: str) -> list[tuple[str, Levers, Any]]:
     """(key, levers, what counts them)."""
     if what == "real":
@@ -355,10 +358,12 @@ def jobs(what: str) -> list[tuple[str, Levers, Any]]:
     if what == "check":
         shape = SHAPES["135M"]
         return [(f"check {one.told()}", one, partial(count_fake, shape, *BATCH, one, False)) for one in CHECKED]
+    count = cache(partial(count_fake, card=True))  # levers that are added up share a count
     return [
-        (f"{shape} {tokens} {one.told()}", one, partial(count_fake, SHAPES[shape], 1, tokens, one, True))
+        (f"{shape} {tokens} {one.told()}", one, partial(added_up_from, count, shape, tokens, one))
+        for wanted in (LADDER, ALONE)
         for shape, tokens in FAKE
-        for one in dict.fromkeys((*ALONE, *LADDER))
+        for one in sorted(wanted, key=lambda one: one.told().replace("nf4 weights + ", ""))
     ]
 
 
