@@ -409,14 +409,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     begun = time.monotonic()
     for key, levers, run in jobs(options.what):
-        if key in cells:
-            continue
-        if time.monotonic() - begun > options.seconds:
-            print("more to count: call again", file=sys.stderr)
-            break
-        cells[key] = run() | {"levers": asdict(levers)}
-        print(f"{key}: {cells[key]['peak'] / 1e9:.3f} GB", file=sys.stderr)
-        options.out.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+        if key not in cells and time.monotonic() - begun <= options.seconds:
+            cells[key] = run() | {"levers": asdict(levers)}
+            print(f"{key}: {cells[key]['peak'] / 1e9:.3f} GB", file=sys.stderr)
+            options.out.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

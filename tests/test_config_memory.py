@@ -21,7 +21,10 @@ def test_checkpointing_takes(value: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (0, "training.gradient_checkpointing: got 0, expected true or false or a whole number of at least 1"),
+        (
+            0,
+            "training.gradient_checkpointing: got 0 (a number), expected true or false or a whole number of at least 1",
+        ),
         (-2, "training.gradient_checkpointing: got -2"),
         (1.5, "training.gradient_checkpointing: got 1.5"),
         ("every second", "training.gradient_checkpointing: got"),
