@@ -32,7 +32,7 @@ def test_levers_on_a_card() -> None:
     """Each does what it is for, on the path that a card takes."""
     found = {}
     for one in (*levers.ALONE, levers.SMALL):
-        counted = levers.count_fake(SHAPE, 1, 512, replace(one, weights="", layers=False), True)
+        counted = levers.count_fake(SHAPE, 1, 4096, replace(one, weights="", layers=False), True)
         found[one] = levers.added_up(counted, SHAPE, one)
     plain, fused = (found[replace(levers.LORA, fused=on)]["peak"] for on in (False, True))
     assert fused < 0.7 * plain
