@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,20 +347,24 @@ def added_up(found: dict[str, int], shape: dict[str, Any], levers: Levers) -> di
     }
 
 
-def added_up_from(count: Any, name: str, tokens: int, levers: Levers) -> dict[str, int]:
-    return added_up(count(name, 1, tokens, replace(levers, weights="", layers=False)), SHAPES[name], levers)
+def added_up_from(cells: dict[str, Any], name: str, tokens: int, levers: Levers) -> dict[str, int]:
+    """Levers that are added up share a count, which is a cell of its own."""
+    run = replace(levers, weights="", layers=False)
+    key = f"{name} {tokens} {run.told()}"
+    if key not in cells:
+        cells[key] = count_fake(name, 1, tokens, run, True) | {"levers": asdict(run)}
+    return added_up(cells[key], SHAPES[name], levers)
 
 
-def jobs(what: str) -> list[tuple[str, Levers, Any]]:
+def jobs(what: str, cells: dict[str, Any]) -> list[tuple[str, Levers, Any]]:
     """(key, levers, what counts them)."""
     if what == "real":
         return [(f"real {one.told()}", one, partial(count_real, one)) for one in ON_CPU]
     if what == "check":
         shape = SHAPES["135M"]
         return [(f"check {one.told()}", one, partial(count_fake, shape, *BATCH, one, False)) for one in CHECKED]
-    count = cache(partial(count_fake, card=True))  # levers that are added up share a count
     return [
-        (f"{shape} {tokens} {one.told()}", one, partial(added_up_from, count, shape, tokens, one))
+        (f"{shape} {tokens} {one.told()}", one, partial(added_up_from, cells, shape, tokens, one))
         for wanted in (LADDER, ALONE)
         for shape, tokens in FAKE
         for one in sorted(wanted, key=lambda one: one.told().replace("nf4 weights + ", ""))
@@ -408,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(tables(cells))
         return
     begun = time.monotonic()
-    for key, levers, run in jobs(options.what):
+    for key, levers, run in jobs(options.what, cells):
         if key not in cells and time.monotonic() - begun <= options.seconds:
             cells[key] = run() | {"levers": asdict(levers)}
             print(f"{key}: {cells[key]['peak'] / 1e9:.3f} GB", file=sys.stderr)
