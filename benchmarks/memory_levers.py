@@ -247,8 +247,7 @@ def prepared(model: Any, levers: Levers, backend: Any, mode: FakeTensorMode | No
 def step(model: Any, ids: Tensor, optimizer: Any, levers: Levers, narrow: bool, offload: Any) -> None:
     """One training step, as the engine's loop makes it."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    kind = StepInBackward if type(ids) is Tensor else AllFinite
-    early = kind(optimizer, trained) if levers.in_backward else None
+    early = (StepInBackward if type(ids) is Tensor else AllFinite)(optimizer, trained) if levers.in_backward else None
     with early.during() if early else nullcontext():
         autocast = torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext()
         with autocast, offload.during() if offload else nullcontext():
@@ -388,15 +387,15 @@ def tables(cells: dict[str, Any]) -> str:
         shown = " | ".join(f"{c['peak'] / 1e9:.1f}" + (f" ({c['host'] / 1e9:.1f})" if c["host"] else "") for c in found)
         lines.append(f"| {one.told()} | {shown} |")
     lines += ["", "| card | " + head + " |", "|---" * (1 + len(FAKE)) + "|"]
-    for card in CARDS:
-        lines.append(f"| {card} GB | " + " | ".join(fits(cells, card, *place) for place in FAKE) + " |")
+    lines += [f"| {card} GB | " + " | ".join(fits(cells, card, *place) for place in FAKE) + " |" for card in CARDS]
     return "\n".join(lines)
 
 
 def fits(cells: dict[str, Any], card: int, shape: str, tokens: int) -> str:
     """The fastest rung of the ladder that fits a card of so many GB."""
     for one in LADDER:
-        if cells[f"{shape} {tokens} {one.told()}"]["peak"] <= ROOM * card * 1e9:
+        found = cells.get(f"{shape} {tokens} {one.told()}")
+        if found and found["peak"] <= ROOM * card * 1e9:
             return one.told().removeprefix("LoRA").removeprefix(" + ") or "no lever"
     return "–"
 
@@ -410,9 +409,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.what == "tables":
         print(tables(cells))
-        return
     begun = time.monotonic()
-    for key, levers, run in jobs(options.what, cells):
+    for key, levers, run in jobs(options.what, cells) if options.what != "tables" else ():
         if key not in cells and time.monotonic() - begun <= options.seconds:
             cells[key] = run() | {"levers": asdict(levers)}
             print(f"{key}: {cells[key]['peak'] / 1e9:.3f} GB", file=sys.stderr)
