@@ -393,11 +393,11 @@ def tables(cells: dict[str, Any]) -> str:
 
 def fits(cells: dict[str, Any], card: int, shape: str, tokens: int) -> str:
     """The fastest rung of the ladder that fits a card of so many GB."""
-    for one in LADDER:
-        found = cells.get(f"{shape} {tokens} {one.told()}")
-        if found and found["peak"] <= ROOM * card * 1e9:
-            return one.told().removeprefix("LoRA").removeprefix(" + ") or "no lever"
-    return "–"
+    sizes = {one.told(): cells.get(f"{shape} {tokens} {one.told()}", {}).get("peak") for one in LADDER}
+    if None in sizes.values():
+        return "not counted"
+    rung = next((told for told, size in sizes.items() if size <= ROOM * card * 1e9), "–")
+    return rung.removeprefix("LoRA").removeprefix(" + ") or "no lever"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
