@@ -121,8 +121,7 @@ LADDER = (
 ON_CPU = tuple(one for one in ALONE if not (one.activation_offload or one.layers))
 CHECKED = tuple(one for one in ON_CPU if not one.weights)
 CARDS = (8, 12, 16, 24, 40, 48, 80)
-ROOM = 0.9
-"""Share of a card (GB = 1e9 bytes) that a count may fill."""
+ROOM = 0.9  # share of a card (GB = 1e9 bytes) that a count may fill
 BATCH, FAKE = (4, 256), tuple((shape, tokens) for shape in ("1B", "8B", "70B") for tokens in (2048, 8192))
 """Sequences and tokens of the real counts; models and tokens of the fake ones, one sequence each."""
 
