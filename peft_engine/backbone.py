@@ -172,8 +172,14 @@ def load_model(
     if rounded:  # on its device already
         make_ready(model, compute_dtype(config, device))
         return model, new
-    waits = config.training.parallel == "fsdp" and processes.world() > 1  # moves to its device part by part
+    shared_out = config.training.parallel == "fsdp" and processes.world() > 1
+    waits = shared_out or config.model.offload == "layers"  # moves to its device part by part
     return model if waits else model.to(device), new
+
+
+def on_card(config: Config) -> Config:
+    """The same with whole models on the device, for what looks at all weights."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"offload": "none"})})
 
 
 def _refuse_flash(settings: ModelConfig, device: torch.device) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from peft_engine.answers import AnswerKind
-from peft_engine.config_checks import cross_faults, dotted
+from peft_engine.config_checks import cross_faults
+from peft_engine.config_faults import dotted
 from peft_engine.config_methods import MethodName
 from peft_engine.config_model import ModelConfig, Pattern, Section
 
@@ -280,8 +281,14 @@ class TrainingConfig(Section):
     """Seed of initialisation, data order and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype. `auto`: bf16 on CUDA that has it, fp16 on older CUDA, else fp32. Trained weights are fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
+    gradient_checkpointing: bool | Count | list[Pattern] = False
+    """Recompute activations in backward: less memory, about a third more time. A number k does so in every k-th layer,
+    regular expressions in the layers whose full name one of them finds."""
+    activation_offload: Literal["none", "cpu"] = "none"
+    """CUDA: keep what forward saves for backward in pinned host memory in between."""
+    optimizer_in_backward: bool = False
+    """Update each tensor as soon as its gradient is there, and let that go: no gradients are kept. Needs
+    `max_grad_norm: null` and a step in one micro-batch; most of it is won with `adapter.method: full`."""
     log_every: Count = 10
     """Optimizer steps between rows of metrics.jsonl."""
     eval_every: Count | None = None

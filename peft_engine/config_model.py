@@ -61,6 +61,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code of transformers; `auto` is its own choice. `flash_attention_2` needs CUDA, 16-bit computation and
     the package flash-attn."""
+    offload: Literal["none", "layers"] = "none"
+    """CUDA: `layers` keeps the frozen layers in pinned host memory and copies each to the card shortly before it runs,
+    forward and backward, for models larger than the card."""
     new_tokens: list[Pattern] = []
     """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
     trust_remote_code: bool = False

@@ -20,7 +20,7 @@ from .exporting import compare_on_probe, export_merged, verify_adapter
 from .gguf_files import ADAPTER, MODEL, refuse_without_gguf, why_no_adapter, write_adapter, write_model
 from .opening import Opened, open_run
 from .quantised import stored_kind
-from .run_directory import IN_FULL, NOT_ROUNDED, find_run, storage_errors, write_whole
+from .run_directory import IN_FULL, PLAIN, find_run, storage_errors, write_whole
 from .runtime import versions
 from .tasks import Task
 from .tasks.items import item_kind
@@ -99,7 +99,7 @@ def _as_adapter(config: Config) -> tuple[str, ...]:
     if config.adapter.method == "lora" and moves_weights(config.adapter.init):
         return IN_FULL
     quantised = config.model.quantization != "none" or stored_kind(load_settings(config.model)) is not None
-    return (*NOT_ROUNDED, "kernels=off") if quantised else NOT_ROUNDED
+    return (*PLAIN, "kernels=off") if quantised else PLAIN
 
 
 def _export_whole(
@@ -162,7 +162,7 @@ def _bases(path: str | Path, overrides: tuple[str, ...]) -> list[Base]:
 def _open_on(path: str | Path, overrides: tuple[str, ...], base: Base) -> Opened:
     if base == "full precision":
         return open_run(path, (*overrides, *IN_FULL))
-    return open_run(path, (*overrides, *NOT_ROUNDED), dequantised=True)
+    return open_run(path, (*overrides, *PLAIN), dequantised=True)
 
 
 def _merge(

@@ -11,6 +11,7 @@ from .adapters.group import Group
 from .adapters.lora import move_weights_again, moves_weights
 from .adapters.new_rows import with_new_tokens
 from .adapters.quantised_start import lora_layers
+from .building import refuse_layers_here, stream_layers
 from .config import Config
 from .config_checks import LABELLED
 from .data.labels import Labels
@@ -50,11 +51,14 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = (), *, dequantised: 
     if labels is None and config.task in LABELLED:
         raise StorageError(f"{folder / 'adapter' / LABELS} is missing.", "Restore it, or train again.")
     runtime = start(config)
+    refuse_layers_here(config, runtime.device)
     task = make_task(config, labels)
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
     linears = list(quantised_linears(backbone.model))
     formats = dequantise(backbone.model, backbone.model.dtype) if dequantised else {}
     group = load_adapter(backbone, config, folder / "adapter")
+    if config.model.offload == "layers":
+        stream_layers(group, runtime.device)
     if config.model.frozen_compute != "full":
         _freeze_as_trained(group, config, read_record(folder / FILE))
     if linears:

@@ -94,7 +94,7 @@ def load_settings_of(
     settings, stored = config.model, stored_kind(model_config)
     if stored is None and settings.quantization == "none":
         return {}
-    where = {"device_map": {"": str(device)}}
+    where = {"device_map": {"": "cpu" if settings.offload == "layers" else str(device)}}
     if stored is not None:
         _refuse_contradiction(settings, stored)
         return where
@@ -128,6 +128,12 @@ def _refuse_contradiction(settings: ModelConfig, stored: str) -> None:
             f"model.quantization: got {settings.quantization}, and the checkpoint {settings.path} is stored in "
             f"{stored} already.",
             "Set model.quantization: none to take it as it is stored, or give the model in full precision.",
+        )
+    if settings.offload == "layers" and stored not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"model.offload: got layers, and the checkpoint {settings.path} is stored in {stored}; of quantised layers "
+            "only nf4 and fp4 live on the host.",
+            "Set model.offload: none.",
         )
     if settings.frozen_compute != "full":
         raise ConfigError(

@@ -209,9 +209,10 @@ NOT_ROUNDED = (
     "model.frozen_head=full",
     f"model.frozen_error_bound={BOUND}",
 )
-"""Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
 NOT_QUANTISED = ("model.quantization=none", "model.double_quantization=true", "model.quantization_skip=[]")
-IN_FULL = (*NOT_ROUNDED, *NOT_QUANTISED)
+PLAIN = (*NOT_ROUNDED, "model.offload=none")
+"""Adapters are for the weights as they are loaded, not for rounded ones: on these they are verified and merged."""
+IN_FULL = (*PLAIN, *NOT_QUANTISED)
 """The model's own weights, neither rounded nor quantised."""
 
 

@@ -278,9 +278,10 @@ class Run:
             return None
         trainee, model = self.trainees[0], self.group.model
         average = trainee.average.tensors.values() if trainee.average is not None else ()
+        kept = () if self.config.training.optimizer_in_backward else trainee.member.tensors.values()
         held = {
             "weights": storage_bytes(weights_of(model)),
-            "gradients": sum(t.numel() * t.element_size() for t in trainee.member.tensors.values()),
+            "gradients": sum(t.numel() * t.element_size() for t in kept),
             "optimizer": self._optimizer_bytes() + storage_bytes(average),
         }
         return {**held, "activations": peak - sum(held.values())}

@@ -111,7 +111,7 @@ REMOVALS = (
     R("05", "tasks/causal_lm.py", "check_stop_token(self.tokenizer, ids, supervised, where)", "pass",
       "what_nothing_can_end_is_refused"),
     # 6: the last two make the guards too strict
-    R("06", "building.py", 'backbone.model.gradient_checkpointing_enable({"use_reentrant": False})', "pass",
+    R("06", "levers/checkpointing.py", 'model.gradient_checkpointing_enable({"use_reentrant": False})', "pass",
       "gradient_checkpointing_trains_as_without"),
     R("06", "training/guards.py", "strict=True) if not there]", "strict=True) if False]",
       "adapters_that_the_task_does_not_use_are_refused"),

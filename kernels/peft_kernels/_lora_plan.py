@@ -1,7 +1,7 @@
 """What shapes and settings decide about a call of `lora_linears`: where tensors stand, which adapters go together."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -89,8 +89,12 @@ class Plan:
         """Autocast is done by hand inside: it knows nothing of `out=` and in-place products."""
         return nullcontext() if self.dtype is None else torch.autocast(x.device.type, enabled=False)
 
+    def bare(self) -> "Plan":
+        """For backward: the recipe without its inputs, which are saved tensors and may be elsewhere by then."""
+        return self if self.recipe is None else replace(self, recipe=replace(self.recipe, inputs=()))
+
     def input_again(self, x: Tensor | None, tensors: Any) -> Tensor:
         if self.recipe is None:
             assert x is not None
             return x
-        return self.recipe.make(*tensors[1 : 1 + len(self.recipe.inputs)])
+        return self.recipe.make(*tensors[1 : self.layout.linears[0][0]])

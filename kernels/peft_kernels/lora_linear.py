@@ -106,7 +106,7 @@ class _LoraLinears(torch.autograd.Function):
                         y = ops.add_up(y, update.low, update.B, update.scale)
                     outputs[place] = y if bias is None else y.add_(bias, alpha=update.scale)
         reads_x = any(needs[pair.at] for bundle in plan.layout.bundles for pair in bundle.pairs)
-        ctx.plan, ctx.shape, ctx.dtype, ctx.count = plan, x.shape, x.dtype, len(tensors)
+        ctx.plan, ctx.shape, ctx.dtype, ctx.count = plan.bare(), x.shape, x.dtype, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if reads_x and plan.recipe is None else None, *tensors, *sketches)
         return tuple(outputs)  # in two dimensions: a view made in here could not be changed in place by its reader

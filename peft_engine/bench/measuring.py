@@ -13,6 +13,7 @@ from ..adapters.fusing import fuse, row_seeds
 from ..adapters.group import Group, initialise
 from ..adapters.new_rows import with_new_tokens
 from ..answers import is_right
+from ..backbone import on_card
 from ..building import encode_splits, make_trainees, refuse_too_long
 from ..config import Config
 from ..config_reading import load_config
@@ -109,7 +110,7 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def baseline(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Judge the model as it is: train_info and meta_info of a record without training. A new head is as its seed
     starts it."""
-    config, timer, energy = config_of(spec, folder), PhaseTimer(), energy_here()
+    config, timer, energy = on_card(config_of(spec, folder)), PhaseTimer(), energy_here()
     with timer.phase("load"):
         runtime = start(config)
         splits, task, data = prepare(config)
@@ -348,7 +349,7 @@ def _forgetting(
     before = spec.get("forgetting_before")
     after = _general_loss(spec, model, task, config, runtime)
     if before is None:  # the baseline is not there: the untouched model once more
-        untouched = make_task(config).load(runtime.device)
+        untouched = make_task(on_card(config)).load(runtime.device)
         before = _general_loss(spec, untouched.model.eval(), task, config, runtime)
     return {"before": before, "after": after, "unit": UNIT}
 
