@@ -119,7 +119,8 @@ class QuantisedWeight:
 
     def dequantise_into(self, out: Tensor, triton: bool = False) -> Tensor:
         """`dequantised` in the memory of `out`, contiguous (N, K), which is returned."""
-        assert out.is_contiguous() and out.shape == self.shape, "a scratch buffer is cut to the weight's size"
+        assert out.is_contiguous()
+        assert out.shape == self.shape, f"the weight is {tuple(self.shape)}, its place {tuple(out.shape)}"
         if out.numel():
             _fill(self, out, triton)
         return out
@@ -174,13 +175,22 @@ def _table(kind: str, device: torch.device) -> Tensor:
 def _fill(one: QuantisedWeight, out: Tensor, triton: bool) -> None:
     """On CUDA by Triton wherever it is installed, older cards than Ampere too; on a CPU by the compiled pass."""
     if triton or (one.codes.is_cuda and triton_installed()):
-        from .gpu.dequantise import launch
-
-        launch(one, _table(one.kind, one.device) if one.kind in TABLES else None, out)
+        _launch(one, out)
     elif type(out) is Tensor and out.dtype in PASSES and compiled.there(out):
         _fill_compiled(one, out)
     else:
         out.copy_(dequantise_reference(one, torch.float32))
+
+
+def _launch(one: QuantisedWeight, out: Tensor) -> None:
+    from .gpu.dequantise import launch_eight_bits, launch_four_bits
+
+    if one.kind == "int8":
+        launch_eight_bits(one.codes, one.absmax, out)
+        return
+    nested = one.nested
+    inner = None if nested is None else (nested.table, nested.absmax, nested.offset, nested.blocksize)
+    launch_four_bits(one.codes, _table(one.kind, one.device), one.absmax, one.blocksize, inner, out)
 
 
 def _fill_compiled(one: QuantisedWeight, out: Tensor) -> None:

@@ -104,4 +104,28 @@ INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
 }
 
+// A number in the three dtypes that weights are unpacked to, rounded half to even: float (0), bfloat16 (1), float16 (2).
+template <int KIND> struct Narrow { using type = uint16_t; };
+template <> struct Narrow<0> { using type = float; };
+
+template <int KIND>
+INLINE typename Narrow<KIND>::type rounded(float v) {
+  if constexpr (KIND == 0) {
+    return v;
+  } else {
+    const uint32_t b = (uint32_t)bits(v), size = b & 0x7fffffff;
+    if constexpr (KIND == 1) {
+      const uint32_t up = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+      return (uint16_t)(size > 0x7f800000 ? 0x7fc0 : up);
+    } else {
+      const uint32_t sign = (b >> 16) & 0x8000;
+      if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+      if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and up
+      if (size < 0x38800000)  // below 2⁻¹⁴ the step is 2⁻²⁴, that of float from ½ to 1
+        return (uint16_t)(sign | (uint32_t)(bits(as_float((int32_t)size) + 0.5f) - bits(0.5f)));
+      return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
+    }
+  }
+}
+
 }  // namespace

@@ -1,0 +1,76 @@
+"""Both products of a quantised linear: W is made numbers in a scratch buffer right before each, and kept by nobody.
+
+One buffer serves all layers: on a CPU one for each thread and dtype, on CUDA one for each stream and dtype. It is as
+large as the largest weight that came by. 2-D tensors: x (M, K), dy (M, N).
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _lora_ops as ops
+from .quantised_weight import QuantisedWeight
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+
+_OF_THREAD = _OfThread()
+_OF_STREAM: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
+_ONE_AT_A_TIME = threading.RLock()
+"""Held on CUDA from the start of unpacking to the launch of the product: two threads may share a stream."""
+
+
+def _cut(buffers: dict[Any, Tensor], key: Any, one: QuantisedWeight, dtype: torch.dtype) -> Tensor:
+    """The buffer of this key, (N, K) of it; made, or made larger, where it is too small."""
+    count = one.shape.numel()
+    if key not in buffers or buffers[key].numel() < count:
+        buffers.pop(key, None)
+        with torch.inference_mode(False):  # it outlives the evaluation that may ask for it first
+            buffers[key] = torch.empty(count, dtype=dtype, device=one.device)
+    return buffers[key][:count].view(one.shape)
+
+
+@contextmanager
+def unpacked(one: QuantisedWeight, dtype: torch.dtype, triton: bool = False) -> Iterator[Tensor]:
+    """W (N, K) of `dtype`, in the scratch buffer: not to be kept, nor is another one to be unpacked inside."""
+    if one.codes.is_cuda:
+        with _ONE_AT_A_TIME:
+            key = (one.device, torch.cuda.current_stream(one.device).cuda_stream, dtype)
+            yield one.dequantise_into(_cut(_OF_STREAM, key, one, dtype), triton)
+    else:
+        yield one.dequantise_into(_cut(_OF_THREAD.buffers, dtype, one, dtype), triton)
+
+
+def _planned(one: QuantisedWeight) -> bool:
+    """Whether somebody else plans the memory: a compiler, or a mode that only counts."""
+    return torch.compiler.is_compiling() or type(one.codes) is not Tensor
+
+
+def product(x: Tensor, one: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype, triton: bool) -> Tensor:
+    """x·Wᵀ + b (M, N), computed in `dtype`, of x's dtype; a buffer of its own."""
+    narrow, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if _planned(one):
+        return ops.base(narrow, one.dequantised(dtype, triton), bias, False).to(x.dtype)
+    with unpacked(one, dtype, triton) as weight:
+        return ops.base(narrow, weight, bias, False).to(x.dtype)
+
+
+def product_back(dy: Tensor, one: QuantisedWeight, dx: Tensor | None, dtype: torch.dtype, triton: bool) -> Tensor:
+    """dx + dy·W (M, K), computed in `dtype`, of dy's dtype; added in place where there is a dx already."""
+    if _planned(one):
+        return _into(dx, dy, one.dequantised(dtype, triton))
+    with unpacked(one, dtype, triton) as weight:
+        return _into(dx, dy, weight)
+
+
+def _into(dx: Tensor | None, dy: Tensor, weight: Tensor) -> Tensor:
+    if dx is None or dx.dtype == weight.dtype:
+        return ops.base_back(dy.to(weight.dtype), weight, dx, False).to(dy.dtype)
+    return dx.add_(torch.mm(dy.to(weight.dtype), weight))
