@@ -263,8 +263,8 @@ def lora_linears(
         projections: their weights have x's dtype (any, under autocast), or are codes. Adapters of a wider dtype than x
             compute in theirs, as peft's do, and the sum is rounded once.
         seeds: int64 (samples,), needed where an adapter has p > 0. Each adapter draws a mask of its own, by its salt.
-        backend: of the low-rank products and masks, and of FrozenWeights' products. QuantisedWeights are unpacked by Triton
-            wherever they are on CUDA and it is installed.
+        backend: of the low-rank products and masks, and of FrozenWeights' products. A QuantisedWeight on CUDA is
+            unpacked by Triton wherever that is installed.
         passes: let the compiled passes take dropped elements out behind one product with x, where they run: the same
             masks, other rounding.
 
