@@ -18,7 +18,7 @@ from .quantised_weight import QuantisedWeight
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
+        self.buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 _OF_THREAD = _OfThread()
@@ -38,35 +38,35 @@ def _cut(buffers: dict[Any, Tensor], key: Any, one: QuantisedWeight, dtype: torc
 
 
 @contextmanager
-def unpacked(one: QuantisedWeight, dtype: torch.dtype, triton: bool = False) -> Iterator[Tensor]:
+def unpacked(one: QuantisedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     """W (N, K) of `dtype`, in the scratch buffer: not to be kept, nor is another one to be unpacked inside."""
     if one.codes.is_cuda:
         with _ONE_AT_A_TIME:
             key = (one.device, torch.cuda.current_stream(one.device).cuda_stream, dtype)
-            yield one.dequantise_into(_cut(_OF_STREAM, key, one, dtype), triton)
+            yield one.dequantise_into(_cut(_OF_STREAM, key, one, dtype))
     else:
-        yield one.dequantise_into(_cut(_OF_THREAD.buffers, dtype, one, dtype), triton)
+        yield one.dequantise_into(_cut(_OF_THREAD.buffers, (one.device, dtype), one, dtype))
 
 
 def _planned(one: QuantisedWeight) -> bool:
     """Whether somebody else plans the memory: a compiler, or a mode that only counts."""
-    return torch.compiler.is_compiling() or type(one.codes) is not Tensor
+    return torch.compiler.is_compiling() or type(one.codes) is not Tensor or one.codes.is_meta
 
 
-def product(x: Tensor, one: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype, triton: bool) -> Tensor:
+def product(x: Tensor, one: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x·Wᵀ + b (M, N), computed in `dtype`, of x's dtype; a buffer of its own."""
     narrow, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if _planned(one):
-        return ops.base(narrow, one.dequantised(dtype, triton), bias, False).to(x.dtype)
-    with unpacked(one, dtype, triton) as weight:
+        return ops.base(narrow, one.dequantised(dtype), bias, False).to(x.dtype)
+    with unpacked(one, dtype) as weight:
         return ops.base(narrow, weight, bias, False).to(x.dtype)
 
 
-def product_back(dy: Tensor, one: QuantisedWeight, dx: Tensor | None, dtype: torch.dtype, triton: bool) -> Tensor:
+def product_back(dy: Tensor, one: QuantisedWeight, dx: Tensor | None, dtype: torch.dtype) -> Tensor:
     """dx + dy·W (M, K), computed in `dtype`, of dy's dtype; added in place where there is a dx already."""
     if _planned(one):
-        return _into(dx, dy, one.dequantised(dtype, triton))
-    with unpacked(one, dtype, triton) as weight:
+        return _into(dx, dy, one.dequantised(dtype))
+    with unpacked(one, dtype) as weight:
         return _into(dx, dy, weight)
 
 

@@ -167,7 +167,7 @@ def _one_base(plan: Plan, x: Tensor, place: int, tensors: Any) -> Tensor:
     bias = plan.cast(tensors[at + 1])
     if quantised is None:
         return ops.base(x, plan.cast(tensors[at]), bias, transposed)
-    return quantised_products.product(x, quantised, bias, plan.dtype or quantised.dtype or x.dtype, plan.triton)
+    return quantised_products.product(x, quantised, bias, plan.dtype or quantised.dtype or x.dtype)
 
 
 def _base_back(
@@ -190,7 +190,7 @@ def _base_back(
             dx = ops.base_back(dy, plan.cast(tensors[at]), dx, transposed)
         else:
             dtype = plan.dtype or quantised.dtype or dy.dtype
-            dx = quantised_products.product_back(dy, quantised, dx, dtype, plan.triton)
+            dx = quantised_products.product_back(dy, quantised, dx, dtype)
     return dx, taken
 
 

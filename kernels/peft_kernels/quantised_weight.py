@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _compiled as compiled
-from ._launch import triton_installed
+from ._launch import Backend, triton_installed, use_triton
 
 Kind = Literal["nf4", "fp4", "int8"]
 TABLES = {
@@ -107,22 +107,27 @@ class QuantisedWeight:
     def requires_grad(self) -> bool:
         return False
 
-    def dequantised(self, dtype: torch.dtype = torch.float32, triton: bool = False) -> Tensor:
-        """(N, K) of `dtype`, a tensor of its own. `triton`: also where the codes are not on CUDA (the interpreter)."""
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) of `dtype`, a tensor of its own."""
         nested = self.nested
         given = () if nested is None else (nested.table, nested.absmax, nested.offset)
         blocksize = 0 if nested is None else nested.blocksize
         made: Tensor = _dequantised(
-            self.codes, self.absmax, list(given), self.kind, list(self.shape), self.blocksize, blocksize, dtype, triton
+            self.codes, self.absmax, list(given), self.kind, list(self.shape), self.blocksize, blocksize, dtype
         )
         return made
 
-    def dequantise_into(self, out: Tensor, triton: bool = False) -> Tensor:
-        """`dequantised` in the memory of `out`, contiguous (N, K), which is returned."""
+    def dequantise_into(self, out: Tensor, backend: Backend = "auto") -> Tensor:
+        """`dequantised` in the memory of `out`, contiguous (N, K), which is returned.
+
+        Args:
+            backend: "auto" is Triton on CUDA wherever it is installed (cards before Ampere too), else torch, which has
+                a compiled pass on a CPU.
+        """
         assert out.is_contiguous()
         assert out.shape == self.shape, f"the weight is {tuple(self.shape)}, its place {tuple(out.shape)}"
         if out.numel():
-            _fill(self, out, triton)
+            _fill(self, out, backend)
         return out
 
     def pieces(self, rows: int) -> Iterator[Tensor]:
@@ -172,9 +177,9 @@ def _table(kind: str, device: torch.device) -> Tensor:
     return torch.tensor(TABLES[kind], device=device)
 
 
-def _fill(one: QuantisedWeight, out: Tensor, triton: bool) -> None:
-    """On CUDA by Triton wherever it is installed, older cards than Ampere too; on a CPU by the compiled pass."""
-    if triton or (one.codes.is_cuda and triton_installed()):
+def _fill(one: QuantisedWeight, out: Tensor, backend: Backend) -> None:
+    auto = backend == "auto" and one.codes.is_cuda and triton_installed()
+    if auto or (backend != "auto" and use_triton(one.codes, backend)):
         _launch(one, out)
     elif type(out) is Tensor and out.dtype in PASSES and compiled.there(out):
         _fill_compiled(one, out)
@@ -217,12 +222,11 @@ def _dequantised(
     blocksize: int,
     nested_blocksize: int,
     dtype: torch.dtype,
-    triton: bool,
 ) -> Tensor:
     assert kind in get_args(Kind)
     inner = Nested(*nested, nested_blocksize) if nested else None
     one = QuantisedWeight(kind, codes, absmax, torch.Size(shape), blocksize, inner)  # type: ignore[arg-type]
-    return one.dequantise_into(torch.empty(shape, dtype=dtype, device=codes.device), triton)
+    return one.dequantise_into(torch.empty(shape, dtype=dtype, device=codes.device))
 
 
 @_dequantised.register_fake
@@ -235,6 +239,5 @@ def _(
     blocksize: int,
     nested_blocksize: int,
     dtype: torch.dtype,
-    triton: bool,
 ) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
