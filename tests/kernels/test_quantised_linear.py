@@ -1,4 +1,4 @@
-"""LoRA linears over quantised weights: outputs and every gradient against their definition, and what stays in memory."""
+"""LoRA linears over quantised weights: outputs and every gradient against their definition, what stays in memory."""
 
 import itertools
 from typing import Any
