@@ -170,6 +170,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "draw_places": [_P, _N, _N, _N, _F, _P, _T],
     "dequantise_4bit": [_P, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _P, _T],
     "dequantise_8bit": [_P, _P, _N, _N, _N, _P, _T],
+    "few_rows_4bit": [_P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _N, _P, _P, _T],
+    "few_rows_8bit": [_P, _P, _P, _N, _N, _N, _N, _P, _P, _T],
     "drop_back": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _P, _N, _N, _P, _N, _P, _N, _T],
 }
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _compiled as compiled
 from . import _lora_ops as ops
-from .quantised_weight import QuantisedWeight
+from .quantised_weight import QuantisedWeight, compiled_arguments
 
 
 class _OfThread(threading.local):
@@ -53,11 +54,33 @@ def _planned(one: QuantisedWeight) -> bool:
     return torch.compiler.is_compiling() or type(one.codes) is not Tensor or one.codes.is_meta
 
 
+FEW_ROWS = 4
+"""Up to so many rows of x the compiled passes multiply as they unpack, and no weight is written anywhere."""
+
+
+def _few_rows(x: Tensor, one: QuantisedWeight) -> Tensor:
+    """x·Wᵀ (M, N), fp32 on a CPU."""
+    n, k = one.shape
+    y, scratch = torch.empty(len(x), n), torch.empty(torch.get_num_threads(), k)
+    name = "few_rows_8bit" if one.kind == "int8" else "few_rows_4bit"
+    compiled.call(name, *compiled_arguments(one), x, compiled.pitch(x), len(x), n, k, y, scratch)
+    return y
+
+
+def _are_few(x: Tensor, one: QuantisedWeight, dtype: torch.dtype) -> bool:
+    """Whether the compiled passes take this product; a row of four-bit codes must begin with a byte."""
+    sized = 0 < len(x) <= FEW_ROWS and one.device.type == "cpu" and (one.kind == "int8" or one.shape[1] % 2 == 0)
+    return sized and dtype == torch.float32 and compiled.usable(x)
+
+
 def product(x: Tensor, one: QuantisedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x·Wᵀ + b (M, N), computed in `dtype`, of x's dtype; a buffer of its own."""
     narrow, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if _planned(one):
         return ops.base(narrow, one.dequantised(dtype), bias, False).to(x.dtype)
+    if _are_few(narrow, one, dtype):
+        y = _few_rows(narrow, one)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     with unpacked(one, dtype) as weight:
         return ops.base(narrow, weight, bias, False).to(x.dtype)
 

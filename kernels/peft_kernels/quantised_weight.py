@@ -198,18 +198,20 @@ def _launch(one: QuantisedWeight, out: Tensor) -> None:
     launch_four_bits(one.codes, _table(one.kind, one.device), one.absmax, one.blocksize, inner, out)
 
 
-def _fill_compiled(one: QuantisedWeight, out: Tensor) -> None:
-    rows, features = one.shape
+def compiled_arguments(one: QuantisedWeight) -> tuple[Any, ...]:
+    """What the compiled passes take of a weight."""
     if one.kind == "int8":
-        compiled.call("dequantise_8bit", one.codes, one.absmax, rows, features, PASSES[out.dtype], out)
-        return
+        return one.codes, one.absmax
     nested = one.nested
     given = (None, None, None, 0) if nested is None else (nested.table, nested.absmax, nested.offset, nested.blocksize)
     plain, narrow = (one.absmax, None) if nested is None else (None, one.absmax)
-    compiled.call(
-        "dequantise_4bit", one.codes, _table(one.kind, one.device), one.blocksize, plain, narrow, *given,
-        rows * features, PASSES[out.dtype], out,
-    )  # fmt: skip
+    return one.codes, _table(one.kind, one.device), one.blocksize, plain, narrow, *given
+
+
+def _fill_compiled(one: QuantisedWeight, out: Tensor) -> None:
+    given, sizes = compiled_arguments(one), one.shape if one.kind == "int8" else (one.shape.numel(),)
+    name = "dequantise_8bit" if one.kind == "int8" else "dequantise_4bit"
+    compiled.call(name, *given, *sizes, PASSES[out.dtype], out)
 
 
 @torch.library.custom_op("peft_kernels::dequantised", mutates_args=())
