@@ -111,10 +111,12 @@ INLINE float dot_wide(const float* a, const float* b, int64_t n) {
   for (; r + 4 * WIDE <= n; r += 4 * WIDE)
     for (int64_t l = 0; l < 4 * WIDE; ++l) lanes[l] = __builtin_fmaf(a[r + l], b[r + l], lanes[l]);
   for (; r < n; ++r) sum += a[r] * b[r];
-  for (int64_t l = 0; l < 4 * WIDE; ++l) sum += lanes[l];
-  return sum;
+  for (int64_t l = 0; l < 2 * WIDE; ++l) lanes[l] += lanes[l + 2 * WIDE];
+  for (int64_t l = 0; l < WIDE; ++l) lanes[l] += lanes[l + WIDE];
+  for (int64_t l = 0; l < 8; ++l) lanes[l] += lanes[l + 8];
+  for (int64_t l = 0; l < 4; ++l) lanes[l] += lanes[l + 4];
+  return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
 }
-
 
 // A number in the three dtypes that weights are unpacked to, rounded half to even: float (0), bfloat16 (1), float16 (2).
 template <int KIND> struct Narrow { using type = uint16_t; };
