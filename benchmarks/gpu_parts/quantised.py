@@ -8,7 +8,7 @@ dtype from the float32 (float64 in smoke) result on the same unpacked numbers; a
 to those of PEFT over the same codes as two ways of rounding through all layers are, within `STEP_BOUNDS`.
 
 Few rows, as in generation: unpacking and multiplying beside bitsandbytes' own `gemm_4bit`, which reads codes in its
-product. What comes out fills `peft_kernels._quantised_products.FEW_ROWS`.
+product: whether a path of its own for few rows pays on CUDA, as it does on a CPU (`_quantised_products.FEW_ROWS`).
 """
 
 from collections.abc import Callable, Iterator

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_engine.meters.memory import LiveBytes
+from peft_kernels import _compiled as compiled
 from peft_kernels import _quantised_products as products
 from peft_kernels.dora import squared_norm, weight_norm, weight_norm_reference
 from peft_kernels.dropout import keep_mask, keep_rate
@@ -274,8 +275,8 @@ def test_a_compiled_graph_computes_the_same(kind) -> None:
     dys = [torch.randn(2, 5, 24, device=DEVICE)]
     x = torch.randn(2, 5, 64, device=DEVICE)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: lora_linear(x, one), backend="aot_eager", fullgraph=True)
-    got, want = (run(lambda x, ps, f=f: [f(x)], x, [one], dys) for f in (compiled, lambda x: lora_linear(x, one)))
+    graph = torch.compile(lambda x: lora_linear(x, one), backend="aot_eager", fullgraph=True)
+    got, want = (run(lambda x, ps, f=f: [f(x)], x, [one], dys) for f in (graph, lambda x: lora_linear(x, one)))
     for g, w in zip(got, want, strict=True):
         assert torch.allclose(g, w, rtol=1e-5, atol=1e-6)
 
@@ -311,3 +312,39 @@ def test_frozen_and_quantised_siblings_run_together() -> None:
     together = lora_linears(x, ones)
     for got, one in zip(together, ones, strict=True):
         assert torch.allclose(got, lora_linear(x, one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" or not compiled.there(torch.empty(0)), reason="the compiled pass runs on a CPU with a compiler"
+)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 2), (37, 64), (19, 130), (40, 576), (3, 1000)])
+def test_few_rows_are_multiplied_as_they_are_unpacked(shape, kind, threads, monkeypatch) -> None:
+    one = held(shape, kind, spread=0.0)
+    bias = torch.randn(shape[0])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for rows in (1, 3, products.FEW_ROWS, products.FEW_ROWS + 1):
+            x = torch.randn(rows, shape[1] + 3)[:, : shape[1]]  # rows do not lie end to end
+            weight = one.dequantised()
+            truth = x.double() @ weight.double().t() + bias
+            plain = torch.nn.functional.linear(x, weight, bias)
+            unpacked = []
+            real = products.unpacked
+            monkeypatch.setattr(products, "unpacked", lambda *given: (unpacked.append(1), real(*given))[1])
+            got = products.product(x, one, bias, torch.float32)
+            monkeypatch.setattr(products, "unpacked", real)
+            assert bool(unpacked) == (rows > products.FEW_ROWS)
+            size = torch.finfo(torch.float32).eps * (1 + truth.abs().max())
+            assert (got.double() - truth).abs().max() <= (plain.double() - truth).abs().max() + 3 * size
+            assert torch.equal(got, products.product(x, one, bias, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_that_begin_inside_a_byte_are_unpacked_first() -> None:
+    one = held((6, 33), "nf4", spread=0.0)
+    x = torch.randn(1, 33, device=DEVICE)
+    assert torch.allclose(products.product(x, one, None, torch.float32), x @ one.dequantised().t(), atol=1e-5)
