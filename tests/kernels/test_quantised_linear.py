@@ -323,7 +323,8 @@ def test_frozen_and_quantised_siblings_run_together() -> None:
 def test_few_rows_are_multiplied_as_they_are_unpacked(shape, kind, threads, monkeypatch) -> None:
     one = held(shape, kind, spread=0.0)
     bias = torch.randn(shape[0])
-    before = torch.get_num_threads()
+    before, real, calls = torch.get_num_threads(), products.unpacked, []
+    monkeypatch.setattr(products, "unpacked", lambda *given: (calls.append(1), real(*given))[1])
     try:
         torch.set_num_threads(threads)
         for rows in (1, 3, products.FEW_ROWS, products.FEW_ROWS + 1):
@@ -331,12 +332,9 @@ def test_few_rows_are_multiplied_as_they_are_unpacked(shape, kind, threads, monk
             weight = one.dequantised()
             truth = x.double() @ weight.double().t() + bias
             plain = torch.nn.functional.linear(x, weight, bias)
-            unpacked = []
-            real = products.unpacked
-            monkeypatch.setattr(products, "unpacked", lambda *given: (unpacked.append(1), real(*given))[1])
+            calls.clear()
             got = products.product(x, one, bias, torch.float32)
-            monkeypatch.setattr(products, "unpacked", real)
-            assert bool(unpacked) == (rows > products.FEW_ROWS)
+            assert bool(calls) == (rows > products.FEW_ROWS)
             size = torch.finfo(torch.float32).eps * (1 + truth.abs().max())
             assert (got.double() - truth).abs().max() <= (plain.double() - truth).abs().max() + 3 * size
             assert torch.equal(got, products.product(x, one, bias, torch.float32))

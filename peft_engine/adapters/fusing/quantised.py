@@ -88,10 +88,11 @@ def _put(module: nn.Module) -> QuantisedWeight:
 def _read(module: Any) -> QuantisedWeight:
     if hasattr(module, "state"):  # Linear8bitLt takes the scales to itself when it runs
         return QuantisedWeight.from_parameter(module.weight, scale=module.state.SCB)
-    if getattr(module.weight, "quant_state", None) is None and module.quant_state is not None:
+    lost = getattr(module.weight, "quant_state", None) is None and module.quant_state is not None
+    if lost and module.weight.shape[-1] == 1:  # Module.to may lose it, and codes are a column
         from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
-        fix_4bit_weight_quant_state_from_module(module)  # Module.to may lose it
+        fix_4bit_weight_quant_state_from_module(module)
     return QuantisedWeight.from_parameter(module.weight, module.compute_dtype if module.compute_type_is_set else None)
 
 
@@ -115,7 +116,9 @@ class QuantisedForward(ProjectionForward):
 
     def plain_projection(self) -> Projection:
         module: Any = self
-        return Projection(quantised_of(module) or _put(module), module.bias)
+        held = quantised_of(module)
+        assert held is not None
+        return Projection(held, module.bias)
 
 
 def apply(model: nn.Module, backend: Backend, rows: RowSeeds) -> tuple[dict[str, str], dict[str, str]]:
