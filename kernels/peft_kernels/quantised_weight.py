@@ -11,7 +11,7 @@ its CPU kernel takes the wrong absmax where K is no multiple of the blocksize.
 Shapes: W (N, K), N out, K in. i counts its numbers row by row; a byte holds two codes, the first in its upper half.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
@@ -218,9 +218,9 @@ def _fill_compiled(one: QuantisedWeight, out: Tensor) -> None:
 def _dequantised(
     codes: Tensor,
     absmax: Tensor,
-    nested: list[Tensor],
+    nested: Sequence[Tensor],
     kind: str,
-    shape: list[int],
+    shape: Sequence[int],
     blocksize: int,
     nested_blocksize: int,
     dtype: torch.dtype,
@@ -235,9 +235,9 @@ def _dequantised(
 def _(
     codes: Tensor,
     absmax: Tensor,
-    nested: list[Tensor],
+    nested: Sequence[Tensor],
     kind: str,
-    shape: list[int],
+    shape: Sequence[int],
     blocksize: int,
     nested_blocksize: int,
     dtype: torch.dtype,
