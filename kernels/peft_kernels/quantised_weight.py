@@ -97,7 +97,8 @@ class QuantisedWeight:
                 f"{data.dtype} without {'quant_state' if data.dtype != torch.int8 else 'SCB'}. bitsandbytes quantises "
                 "a weight when its layer is moved to a device."
             )
-        return QuantisedWeight("int8", data.contiguous(), scale.detach(), data.shape, data.shape[1], None, dtype)
+        scale = scale.detach().to(data.device)  # Module.to leaves the state of Linear8bitLt behind
+        return QuantisedWeight("int8", data.contiguous(), scale, data.shape, data.shape[1], None, dtype)
 
     @property
     def device(self) -> torch.device:
