@@ -227,7 +227,7 @@ def _dequantised(
     dtype: torch.dtype,
 ) -> Tensor:
     assert kind in get_args(Kind)
-    inner = Nested(*nested, nested_blocksize) if nested else None
+    inner = Nested(nested[0], nested[1], nested[2], nested_blocksize) if nested else None
     one = QuantisedWeight(kind, codes, absmax, torch.Size(shape), blocksize, inner)  # type: ignore[arg-type]
     return one.dequantise_into(torch.empty(shape, dtype=dtype, device=codes.device))
 
