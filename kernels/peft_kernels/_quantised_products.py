@@ -54,8 +54,9 @@ def _planned(one: QuantisedWeight) -> bool:
     return torch.compiler.is_compiling() or type(one.codes) is not Tensor or one.codes.is_meta
 
 
-FEW_ROWS = 4
-"""Up to so many rows of x the compiled passes multiply as they unpack, and no weight is written anywhere."""
+FEW_ROWS = 8
+"""Up to so many rows of x the compiled passes multiply as they unpack, and no weight is written anywhere. On AVX-512 that
+is 2.1 times as fast for one row of 576 → 1536 in nf4, 1.5 times for 8, and 0.9 times for 16 (one thread)."""
 
 
 def _few_rows(x: Tensor, one: QuantisedWeight) -> Tensor:

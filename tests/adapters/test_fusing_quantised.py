@@ -68,7 +68,7 @@ def test_no_further_from_truth_than_peft(family: str, kind: str) -> None:
     truth = as_numbers(plain)
     fuse(model)
     wrong: dict[str, list[float]] = {}
-    for seed in range(6):
+    for seed in range(24):  # the ratio of six batches is off 1 by up to 16%, of 24 by up to 2%
         batch = batch_of(family, seed=seed)
         ours, theirs = step(model, batch), step(plain, batch)
         with InDouble():
