@@ -47,7 +47,10 @@ def layer(source: nn.Module, kind: str, *, compute: torch.dtype | None = None, n
 
 def quantise(model: Any, kind: str, **how: Any) -> Any:
     """Every linear but heads, in place."""
-    heads = [model.get_output_embeddings(), *(getattr(model, n, None) for n in ("score", "pre_classifier", "classifier"))]
+    heads = [
+        model.get_output_embeddings(),
+        *(getattr(model, n, None) for n in ("score", "pre_classifier", "classifier")),
+    ]
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and not any(module is head for head in heads):
             model.set_submodule(name, layer(module, kind, **how))

@@ -62,8 +62,8 @@ TINY_BLOCKS = Shape("llama-tiny", 64, 2, 4, 2, 128, 96, TINY.tied, TINY.samples,
 
 def tell_goals(bench: Bench) -> None:
     for name, goal in GOALS.items():
-        found = [cell["contenders"].get("ours nf4", {}).get("faster_than", {}) for cell in bench.cells]
-        ratios = [one["peft nf4"] for one in found if "peft nf4" in one]
+        cells = [cell["contenders"].get("ours nf4", {}) for cell in bench.cells if cell["cell"] == name]
+        ratios = [one["faster_than"]["peft nf4"] for one in cells if "peft nf4" in one.get("faster_than", {})]
         if ratios:
             bench.note(f"{name}, ours nf4: {min(ratios):.2f} to {max(ratios):.2f}x peft nf4; goal {goal}x")
 
