@@ -55,8 +55,8 @@ def _planned(one: QuantisedWeight) -> bool:
 
 
 FEW_ROWS = 8
-"""Up to so many rows of x the compiled passes multiply as they unpack, and no weight is written anywhere. On AVX-512 that
-is 2.1 times as fast for one row of 576 → 1536 in nf4, 1.5 times for 8, and 0.9 times for 16 (one thread)."""
+"""Up to so many rows of x the compiled passes multiply as they unpack, and no weight is written anywhere. With AVX-512,
+one thread, 576 → 1536 in nf4, that is 2.1 times as fast for one row, 1.5 times for 8 and 0.9 times for 16."""
 
 
 def _few_rows(x: Tensor, one: QuantisedWeight) -> Tensor:
