@@ -1,7 +1,7 @@
 """Error of rounded frozen layers against float64, on real models and rows: outputs and gradients, layer by layer.
 
-    .venv/bin/python benchmarks/frozen_error.py [smollm2 minilm] [--formats int8 bf16] [--levers none smooth columns]
-        [--steps 200] [--rows 8] [--json FILE]
+    .venv/bin/python benchmarks/frozen_error.py [smollm2 minilm] [--formats int8 bf16]
+        [--levers none smooth columns both] [--steps 200] [--rows 8] [--json FILE]
 
 LoRA on every linear, as the suites eight-bit-lm and eight-bit-text train it, at its start and after --steps steps. One
 training batch tells the outliers, the next one is measured, in eval mode:
@@ -272,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"{', '.join(SUITES)}; all by default")
     parser.add_argument("--formats", nargs="+", default=["int8", "bf16"])
-    parser.add_argument("--levers", nargs="+", default=["none", "smooth", "columns"])
+    parser.add_argument("--levers", nargs="+", default=["none", "smooth", "columns", "both"])
     parser.add_argument("--steps", type=int, default=200, help="0 leaves the trained model out")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--json", dest="target", type=Path)

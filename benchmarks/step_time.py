@@ -30,10 +30,11 @@ OURS: dict[str, dict[str, Any]] = {
     "fused": {},
     "auto": {"frozen_compute": "auto"},
     "bf16": {"frozen_compute": "bf16"},
-    "int8": {"frozen_compute": "int8"},
+    "int8": {"frozen_compute": "int8", "frozen_outliers": "none"},
     "int8-smooth": {"frozen_compute": "int8", "frozen_outliers": "smooth"},
     "int8-columns": {"frozen_compute": "int8", "frozen_outliers": "columns"},
-    "int8-head": {"frozen_compute": "int8", "frozen_head": "int8"},
+    "int8-both": {"frozen_compute": "int8", "frozen_outliers": "both"},
+    "int8-head": {"frozen_compute": "int8", "frozen_outliers": "none", "frozen_head": "int8"},
 }
 """Fused sides and the arguments of `fuse` that make them."""
 QUANTISED = {"nf4": "nf4", "nf4-peft": "nf4", "llm-int8": "int8", "llm-int8-peft": "int8"}
@@ -117,7 +118,7 @@ def worker(side: str, args: argparse.Namespace) -> None:
 
     model, batch = build(side, args)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # the default of HF Trainer and of `train`
 
     def step() -> float:
         output = model(**batch)

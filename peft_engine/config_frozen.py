@@ -18,7 +18,7 @@ def frozen_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     compute, outliers = model.get("frozen_compute"), model.get("frozen_outliers")
     if compute in (None, "full"):
         for name in ("frozen_outliers", "frozen_head", "frozen_error_bound"):
-            if model.get(name) not in (None, "none", "full", BOUND):
+            if model.get(name) not in (None, "auto", "none", "full", BOUND):
                 yield name, "has no effect with model.frozen_compute full; set that to int8 or auto, or remove this"
         return
     if values.get("task") in PREFERENCE:
@@ -30,8 +30,8 @@ def frozen_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "frozen_compute",
             f"got {compute}, which is one of the fused kernels, and kernels is off; set kernels: auto",
         )
-    if compute == "bf16" and outliers not in (None, "none"):
-        yield "frozen_outliers", f"got {outliers}, and bf16 has no outliers to mend; write none, or take int8"
+    if compute == "bf16" and outliers not in (None, "auto", "none"):
+        yield "frozen_outliers", f"got {outliers}, and bf16 has no outliers to mend; write auto, or take int8"
     if model.get("frozen_head") == "int8":
         if values.get("task") != "causal-lm":
             yield "frozen_head", "is read by the loss of task causal-lm only; remove it"

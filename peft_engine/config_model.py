@@ -38,12 +38,13 @@ class ModelConfig(Section):
     """Format of the frozen linears' matrix products, forward and backward; their weights take 1 byte (bf16: 2), x and
     gradients are rounded row by row. `full` is the training dtype, `auto` what is fastest on this device where it is
     1.2 times as fast. int8: CPUs with VNNI or AMX, CUDA from Turing on; fp8: CUDA from Ada on; bf16: CPUs with AMX."""
-    frozen_outliers: Literal["none", "smooth", "columns"] = "none"
-    """What is done about input channels much larger than the others, in int8 and fp8, as the first training batch shows
-    them: `smooth` divides the input's and multiplies the weight's (SmoothQuant), `columns` leaves them in full
-    precision (as LLM.int8() does)."""
+    frozen_outliers: Literal["auto", "none", "smooth", "columns", "both"] = "auto"
+    """What is done about input channels much larger than the others, in int8 and fp8, as the first 16 training rows
+    show them: `smooth` divides the input's and multiplies the weight's (SmoothQuant), `columns` leaves them in full
+    precision (as LLM.int8() does), `both` smooths what is left then. `auto` is both in int8 and fp8; on SmolLM2 only
+    both together are within noise of full precision."""
     frozen_error_bound: Annotated[float, Field(gt=0)] = BOUND
-    """A linear whose output on the first training batch errs by more, relative to its norm, stays in full precision;
+    """A linear whose output on the first 16 training rows errs by more, relative to its norm, stays in full precision;
     run.json lists it."""
     frozen_head: Literal["full", "int8"] = "full"
     """Causal LM: the output head inside the loss, where it is frozen; evaluation and generation keep it in full."""

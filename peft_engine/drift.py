@@ -128,7 +128,8 @@ class Gap:
         """The figures over all places. `held_out` is for whoever knows the rows."""
         assert self.places, "nothing was compared"
         relative = float(self.difference / self.largest.clamp_min(1e-12))
-        return Drift(relative, self.nats / self.places, self.same / self.places)
+        kl = self.nats / self.places
+        return Drift(relative, 0.0 if kl < 0 else kl, self.same / self.places)  # below 0 by rounding; NaN stays
 
 
 def compare(

@@ -138,6 +138,13 @@ def export_merged(group: Group, config: Config, task: Task, labels: Labels | Non
     return _judge(trained, found, group, "The merged model reloaded in plain transformers")
 
 
+def compare_on_probe(group: Group, task: Task, folder: Path) -> Drift:
+    """A merged model against this one as it is, rounded weights and all, on the seeded random input."""
+    batch = task.probe(group.model)
+    plain = task.plain(str(folder)).to(next(group.model.parameters()).device)
+    return judge_batches(_logits(group.model, batch, task.forward), _logits(plain, batch, task.plain_logits))
+
+
 def _merge(model: PeftModel) -> Any:
     """Fold the adapter in.
 

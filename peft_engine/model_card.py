@@ -138,6 +138,16 @@ def write_merged_card(path: Path, config: Config, auto: str, labels: Labels | No
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _rounded(summary: dict[str, Any]) -> list[str]:
+    """That the metrics are of rounded frozen weights, where they are."""
+    formats = (summary.get("kernels") or {}).get("frozen") or {}
+    if not formats:
+        return []
+    told = ", ".join(f"{count} in {name}" for name, count in formats.items())
+    return [f"Measured on rounded frozen linears ({told}), as trained; plain peft on the model's own weights differs a "
+            "little.", ""]  # fmt: skip
+
+
 def write_card(path: Path, group: Group, config: Config, labels: Labels | None, summary: dict[str, Any]) -> None:
     """Write the model card from a run's summary (run.json)."""
     front = [
@@ -178,6 +188,7 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         "| --- | --- | --- |",
         *scores,
         "",
+        *_rounded(summary),
         f"{summary['steps']} optimizer steps, seed {config.training.seed}, "
         f"{summary['wall_seconds']:.0f} s on {machine}.",
         "",

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .config import Config
+from .config_frozen import BOUND
 from .config_reading import load_config
 from .errors import ConfigError, EngineError, StorageError
 
@@ -202,6 +203,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+IN_FULL = (
+    "model.frozen_compute=full",
+    "model.frozen_outliers=auto",
+    "model.frozen_head=full",
+    f"model.frozen_error_bound={BOUND}",
+)
+"""Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
+
+
 def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Config]:
     """The folder and the settings of a finished run.
 
@@ -225,7 +235,23 @@ def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Con
         )
     if not (folder / "adapter").is_dir():
         raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
-    return folder, load_config(folder / "config.yaml", overrides)
+    if "model.frozen_compute=full" in overrides:  # what only means something beside another format goes with it
+        overrides = (*overrides, *IN_FULL)
+    found = load_config(folder / "config.yaml", overrides)
+    _refuse_other_rounding(found, load_config(folder / "config.yaml"))
+    return folder, found
+
+
+def _refuse_other_rounding(asked: Config, own: Config) -> None:
+    """A run is used as it was trained, or on the model's own weights."""
+    names = [name for name in type(own.model).model_fields if name.startswith("frozen_")]
+    other = [name for name in names if getattr(asked.model, name) != getattr(own.model, name)]
+    if other and asked.model.frozen_compute != "full":
+        raise ConfigError(
+            f"model.{other[0]}: got {getattr(asked.model, other[0])}, and the run was trained with "
+            f"{getattr(own.model, other[0])}.",
+            "Leave it as it was, or set model.frozen_compute=full for the model's own weights.",
+        )
 
 
 def _near_runs(folder: Path) -> str:

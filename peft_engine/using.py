@@ -23,7 +23,6 @@ from .adapters.new_rows import with_new_tokens
 from .building import refuse_too_long
 from .config import Config
 from .config_checks import LABELLED, PREFERENCE
-from .config_frozen import BOUND
 from .data.cleaning import Dropped
 from .data.encoding import EncodedSet, cache_folder
 from .data.labels import Labels
@@ -33,22 +32,15 @@ from .data.splitting import Split, load_one
 from .drift import MAX_KL, Drift, HeldOut, compare, held_out
 from .errors import ConfigError, DataError, EngineError, StorageError
 from .evaluation import evaluate_split, predict_rows
-from .exporting import LABELS, export_merged, read_labels, verify_adapter
+from .exporting import LABELS, compare_on_probe, export_merged, read_labels, verify_adapter
 from .generation import generate_text, prompt_and_answer
-from .run_directory import find_run, storage_errors, write_whole
+from .run_directory import IN_FULL, find_run, storage_errors, write_whole
 from .runtime import Runtime, start, versions
 from .tasks import TASKS, Task, make_task
 from .tasks.base import Generates
 from .tasks.items import item_kind
 from .tasks.seq2seq import Seq2Seq
 
-IN_FULL = (
-    "model.frozen_compute=full",
-    "model.frozen_outliers=none",
-    "model.frozen_head=full",
-    f"model.frozen_error_bound={BOUND}",
-)
-"""Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
 MERGE = "merge.json"
 
 
@@ -309,7 +301,9 @@ def _hold_against_trained(
     try:
         split, data = _held_out_rows(config, task)
     except EngineError as error:
-        apart = held_out(drift, task, "probe", 0, 0, bound, note=f"the run's rows can't be read: {error.problem}")
+        note = f"the run's rows can't be read: {error.problem}"
+        found = drift if opened.group.fused is None else compare_on_probe(opened.group, task, part)
+        apart = held_out(found, task, "probe", 0, 0, bound, note=note)
     else:
         size = config.evaluation.batch_size or config.training.batch_size
         merged = task.plain(str(part)).to(opened.runtime.device).eval()

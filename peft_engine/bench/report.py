@@ -271,6 +271,9 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
         told = row["meta_info"]["kernels"] or {}
         left = f", {counted(len(told['skipped']), 'part')} left as they are" if told.get("skipped") else ""
         text = f"{told['backend']} ({_shown(told.get('swapped') or {}) or 'nothing'}{left})" if told else "off"
+        if told.get("frozen") is not None:
+            above = len(set(told.get("frozen_errors") or {}) & set(told.get("kept_full") or {}))
+            text += f", frozen products {_shown(told['frozen']) or 'in full'}, {above} linears above the bound"
         alike.setdefault(text, []).append(row["name"])
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
 

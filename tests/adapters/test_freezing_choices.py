@@ -27,12 +27,13 @@ def test_layers_above_the_bound_stay_in_full_precision() -> None:
     batch = batch_of("llama")
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     fresh = copy.deepcopy(model)
-    report = fuse(model, "auto", "int8", calibrate=lambda: model(**inputs), frozen_error_bound=0.03)
+    settings = {"frozen_outliers": "none", "frozen_error_bound": 0.03}
+    report = fuse(model, "auto", "int8", calibrate=lambda: model(**inputs), **settings)  # type: ignore[arg-type]
     name = "model.layers.1.mlp.gate_proj"
     errors = report.record.errors
     assert {n for n in report.kept_full if n in errors} == {name, name.replace("gate", "up")}
     assert "above the bound of 0.03" in report.kept_full[name]
-    for lever in ("smooth", "columns"):
+    for lever in ("smooth", "columns", "both"):
         other = copy.deepcopy(fresh)
         mended = fuse(
             other,
@@ -82,11 +83,13 @@ def test_a_batch_that_breaks_the_model_is_refused() -> None:
     with torch.no_grad():
         model.base_model.model.model.layers[0].input_layernorm.weight[0] = torch.nan
     with pytest.raises(Diverged, match="numbers that are not finite on the calibration batch"):
+        calibrated(model, batch_of("llama"), frozen_outliers="none")
+    with pytest.raises(Diverged, match=r"1 of 32 input channels of .*q_proj are not finite on the calibration batch"):
         calibrated(model, batch_of("llama"))
     assert not any(frozen_of(m) is not None for m in model.modules())
 
 
-@pytest.mark.parametrize("lever", ["none", "smooth", "columns"])
+@pytest.mark.parametrize("lever", ["none", "smooth", "columns", "both"])
 def test_a_record_does_it_again_without_data(lever: str, tmp_path: Path) -> None:
     model, twin = pair("llama")
     with torch.no_grad():

@@ -59,9 +59,25 @@ def test_each_lever_mends_what_planted_channels_break() -> None:
     normal = torch.randn(48, 128, generator=torch.Generator().manual_seed(3))
     usual = error(product(ordinary, normal, Outliers()), ordinary.double() @ normal.double().T)
     assert broken > 20 * usual
-    for lever in ("smooth", "columns"):
+    for lever in ("smooth", "columns", "both"):
         what = choose(stats, {"layer": weight}, lever)["layer"]  # type: ignore[arg-type]
         assert error(product(x, weight, what), wanted) < 1.5 * usual, lever
+
+
+def test_both_levers_smooth_what_the_columns_leave() -> None:
+    x, weight = planted(300, 128), torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
+    x[:, 50:60] *= 3  # large, and no outliers
+    weight[:, PLANTED] /= 100
+    stats, wanted = {"layer": absmax(x)}, x.double() @ weight.double().T
+    found = {lever: choose(stats, {"layer": weight}, lever)["layer"] for lever in ("smooth", "columns", "both")}  # type: ignore[arg-type]
+    both, rest = found["both"], [k for k in range(128) if k not in PLANTED]
+    assert both.columns is not None
+    assert both.columns.tolist() == PLANTED
+    assert both.smooth is not None
+    assert torch.equal(both.smooth[PLANTED], torch.ones(3))
+    assert torch.equal(both.smooth[rest], smooth_vector(stats["layer"][rest], [weight[:, rest]]))
+    errors = {lever: error(product(x, weight, one), wanted) for lever, one in found.items()}
+    assert errors["both"] < 0.9 * errors["columns"], errors
 
 
 def test_planted_channels_are_the_columns() -> None:
@@ -115,7 +131,7 @@ def test_smoothing_of_quiet_and_dead_channels_stays_in_bounds() -> None:
 def test_what_is_not_finite_is_refused_by_name() -> None:
     stats = absmax(planted(20, 64))
     stats[11] = float("nan")
-    for lever in ("smooth", "columns"):
+    for lever in ("smooth", "columns", "both"):
         with pytest.raises(Diverged, match=r"1 of 64 input channels of model\.up are not finite") as caught:
             choose({"model.up": stats}, {"model.up": torch.randn(5, 64)}, lever)  # type: ignore[arg-type]
         assert caught.value.exit_code == 5
@@ -123,11 +139,12 @@ def test_what_is_not_finite_is_refused_by_name() -> None:
 
 def test_a_layer_without_statistics_gets_no_lever() -> None:
     weights = {"seen": torch.randn(5, 64), "unseen": torch.randn(5, 64)}
-    for lever in ("smooth", "columns"):
+    for lever in ("smooth", "columns", "both"):
         found = choose({"seen": absmax(planted(200, 64))}, weights, lever)  # type: ignore[arg-type]
         assert found.keys() == weights.keys()
         assert (found["unseen"].smooth, found["unseen"].columns) == (None, None)
-        assert (found["seen"].smooth is None) != (found["seen"].columns is None)
+        chosen = found["seen"].smooth is not None, found["seen"].columns is not None
+        assert chosen == (lever != "columns", lever != "smooth")
 
 
 @pytest.mark.parametrize("adapted", [False, True])

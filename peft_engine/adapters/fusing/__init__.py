@@ -4,6 +4,7 @@ A part is found by its type and by what it computes, never by a model's name, an
 (`module.__class__`): parameters, hooks, state dict and adapter files stay what they are.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from .formats import FrozenCompute, passes_status
 from .frozen_linear import PREFIX, frozen_of, take_back
 from .frozen_record import BOUND, FrozenRecord
 from .linears import FusedLoraLinear, fused_class, why_not
-from .outliers import Lever
+from .outliers import Asked
 from .reading import shared_inputs
 from .sharing import ProjectionForward, SharedInput, SharingForward
 from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
@@ -116,7 +117,7 @@ def fuse(
     backend: Backend = "auto",
     frozen_compute: FrozenCompute = "full",
     *,
-    frozen_outliers: Lever = "none",
+    frozen_outliers: Asked = "auto",
     frozen_error_bound: float = BOUND,
     frozen_head: Literal["full", "int8"] = "full",
     dtype: torch.dtype | None = None,
@@ -135,7 +136,8 @@ def fuse(
         model: a PeftModel or any transformers model; changed in place, undone by `unfuse`.
         backend: "triton" (CUDA), "torch", or "auto": Triton where the model lives on CUDA and triton is installed.
         frozen_compute: "full", "bf16", "int8", "fp8", or "auto": what is fastest here, measured, where it pays.
-        frozen_outliers: "none", "smooth" or "columns", against input channels that are much larger than the others.
+        frozen_outliers: "none", "smooth", "columns" or "both", against input channels that are much larger than the
+            others; "auto" is both with `calibrate` in int8 and fp8, else none.
         frozen_error_bound: a linear whose output errs by more, relative to its size, stays in full precision.
         frozen_head: "int8": the causal LM loss reads the output head in int8 too, where that head is frozen.
         dtype: that training computes in, for "auto"; that of the weights by default.
@@ -155,6 +157,8 @@ def fuse(
             "a fused layer bypasses.",
             "Use FSDP2 or ZeRO-2, or leave the model unfused.",
         )
+    if record is None:
+        _refuse_settings(frozen_compute, frozen_outliers, frozen_error_bound, frozen_head)
     unfuse(model)
     if (record is not None or frozen_compute != "full") and any(map(quantised.is_quantised, model.modules())):
         raise ConfigError(
@@ -193,14 +197,30 @@ def fuse(
             _swap_loss(name, module, chosen, rows, report)
     if record is not None and record.head and "linear_cross_entropy" not in report.swapped.values():
         report.kept_full[HEAD] = "the loss of this model is not fused"
+    marks = {"passes": True} if report.frozen or report.quantised else {}
+    marks |= {"codes": True} if report.frozen else {}
     for _, module in named:
-        if (report.frozen or report.quantised) and ATTRIBUTE in module.__dict__:
-            state_of(module).extra["passes"] = True
+        if ATTRIBUTE in module.__dict__:
+            state_of(module).extra |= marks
         if report.frozen and isinstance(module, PreTrainedModel):
             state = _state_or_new(module, "model", chosen, rows)
             state.extra["codes"] = True
             swap(module, modules.refusing_to_save(type(module)), state)
     return report
+
+
+def _refuse_settings(compute: str, outliers: str, bound: float, head: str) -> None:
+    """Raise ConfigError for settings of frozen linears that are none, or have no effect."""
+    for name, value, known in (("frozen_outliers", outliers, get_args(Asked)), ("frozen_head", head, ("full", "int8"))):
+        if value not in known:
+            raise ConfigError(f"fuse: {name} must be one of {', '.join(known)}, got {value!r}.", "Write one of these.")
+    if not 0 < bound < math.inf:
+        raise ConfigError(f"fuse: frozen_error_bound must be a number above 0, got {bound}.", f"Write {BOUND}.")
+    if compute == "full" and (outliers not in ("auto", "none") or head != "full" or bound != BOUND):
+        raise ConfigError(
+            "fuse: frozen_outliers, frozen_head and frozen_error_bound have no effect with frozen_compute full.",
+            "Set frozen_compute to int8 or auto, or leave them out.",
+        )
 
 
 def unfuse(model: nn.Module) -> None:

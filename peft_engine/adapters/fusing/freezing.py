@@ -28,7 +28,7 @@ from .frozen_linear import FrozenForward, put
 from .frozen_record import BOUND, FrozenRecord
 from .linears import why_not
 from .modules import subclass
-from .outliers import Lever, Outliers, choose, collect
+from .outliers import Asked, Outliers, choose, collect
 from .reading import shared_inputs, weights_read
 from .state import Fused, RowSeeds, hooked, original_class, salt_of, swap
 
@@ -62,7 +62,7 @@ def decide(
     model: nn.Module,
     asked: FrozenCompute,
     *,
-    lever: Lever = "none",
+    lever: Asked = "auto",
     bound: float = BOUND,
     head: bool = False,
     dtype: torch.dtype | None = None,
@@ -71,7 +71,7 @@ def decide(
     """Look at a model that is not fused and decide; the model is run, not changed.
 
     Args:
-        lever: against outlying input channels, int8 and fp8.
+        lever: against outlying input channels, int8 and fp8; `auto` is both of them, none without `calibrate`.
         bound: linears whose error is larger stay in full precision.
         head: whether the loss is to read the output head in int8.
         dtype: that training computes in; the weights' by default.
@@ -85,11 +85,17 @@ def decide(
     """
     places, kept = find_places(model)
     if not places:
-        return _nothing_to_freeze(asked, kept, FrozenRecord(None, "", lever, bound, kept_full=kept))
+        return _nothing_to_freeze(asked, kept, FrozenRecord(None, "", "none", bound, kept_full=kept))
     shapes = [tuple(place.weight.shape) for place in places]
     commonest = max(sorted(set(shapes)), key=lambda shape: (shapes.count(shape) * shape[0] * shape[1], shape))
     device, own = places[0].weight.device, places[0].weight.dtype
     format, why = decide_format(asked, device, cast(tuple[int, int], commonest), dtype or own)
+    if format is None and (head or lever not in ("auto", "none")):
+        why += "; frozen_outliers and frozen_head do nothing then"
+    if format == "bf16" and head and asked == "bf16":
+        raise ConfigError("frozen_head: got int8 beside frozen_compute bf16.", "Take int8 for both, or write full.")
+    if lever == "auto":
+        lever = "none" if format in (None, "bf16") or calibrate is None else "both"
     record = FrozenRecord(format, why, lever, bound, head and format is not None, kept_full=kept)
     if format is None:
         return record
@@ -118,6 +124,8 @@ def decide(
             record.kept_full[place.name] = f"its error in {format} is {error:.3f}, above the bound of {bound:g}"
         else:
             record.frozen.append(place.name)
+    if not record.frozen:
+        return _none_within(asked, record)
     record.outliers = {name: _on_cpu(one) for name, one in record.outliers.items() if name in record.frozen}
     return record
 
@@ -130,6 +138,24 @@ def _nothing_to_freeze(asked: FrozenCompute, kept: dict[str, str], record: Froze
     if asked != "auto":
         raise ConfigError(f"frozen_compute: got {asked}, and {told}.", "Set it to full, or train lora.")
     record.why = f"auto: full, as {told}"
+    return record
+
+
+def _none_within(asked: FrozenCompute, record: FrozenRecord) -> FrozenRecord:
+    """Every linear was measured and none may be rounded: as above."""
+    least = min(record.errors.values(), default=None)
+    told = (
+        "the calibration batch reaches none of them"
+        if least is None
+        else f"the least error in {record.format} is {least:.2g}, above the bound of {record.bound:g}"
+    )
+    if asked != "auto":
+        raise ConfigError(
+            f"frozen_compute: got {asked}, and no linear of this model can be rounded: {told}.",
+            "Set it to full, or allow more with frozen_error_bound.",
+        )
+    record.why = f"auto: full, as {told}"
+    record.format, record.head, record.outliers = None, False, {}
     return record
 
 

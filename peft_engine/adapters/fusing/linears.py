@@ -12,7 +12,7 @@ from peft_kernels.dora import magnify, magnify_dropped, squared_norm, weight_nor
 from peft_kernels.dropout import dropout
 from peft_kernels.lora_linear import Adapter, Projection, lora_linear
 
-from .frozen_linear import refuse_numbers, weight_of
+from .frozen_linear import frozen_of, refuse_numbers, weight_of
 from .quantised import base_classes, is_quantised, lora_classes, why_not_quantised
 from .sharing import group_of
 from .state import ATTRIBUTE, hooked, once_each, original_class, state_of
@@ -50,12 +50,13 @@ class FusedLoraLinear(_Layer):
 
     def _pefts(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """peft's own forward, which calls the base layer; only its variants read the base layer's weight."""
-        if not self.disable_adapters and any(name in self.lora_variant for name in self.active_adapters):
+        reads = any(name in self.lora_variant for name in self.active_adapters)
+        if not self.disable_adapters and reads and frozen_of(self.get_base_layer()) is not None:
             refuse_numbers(self, self.get_base_layer(), "This adapter has no fused form here")
         return super().forward(x, *args, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """As peft's, where the base weight is numbers."""
+        """As peft's, where all weights of the model are numbers: else some layers would be merged and others not."""
         refuse_numbers(self, self.get_base_layer(), "merge")
         super().merge(*args, **kwargs)
 

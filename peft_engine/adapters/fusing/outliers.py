@@ -1,7 +1,7 @@
 """Input channels that are far larger than the others, and what is done about them before a frozen layer is rounded.
 
 x is rounded row by row, with a step of max|row|/127: a few large channels take the resolution from all others. Two
-levers, chosen once per layer from the largest magnitude that each channel had on a calibration batch:
+levers, alone or together, chosen once per layer from the largest size of each channel on a calibration batch:
 
     smooth     s_k = max|x_k|^α / max|W_k|^(1-α), α = 1/2; x/s meets W·s, whose product is the same (SmoothQuant,
                Xiao et al. 2022, eq. 4). The channels that trouble x become columns of W, each row of which has a
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from ...errors import Diverged
 
-Lever = Literal["none", "smooth", "columns"]
+Lever = Literal["none", "smooth", "columns", "both"]
+Asked = Literal["auto", "none", "smooth", "columns", "both"]
+"""`auto`: both in int8 and fp8 where there is data to calibrate on, else none."""
 ALPHA = 0.5
 """How much of a channel's size goes over into the weight."""
 QUIET = 0.1
@@ -34,7 +36,7 @@ MOST = 1 / 32
 
 @dataclass(frozen=True, eq=False)
 class Outliers:
-    """What a frozen layer does about the large channels of its input; at most one of the two.
+    """What a frozen layer does about the large channels of its input.
 
     Attributes:
         smooth: float32 (K,), positive; x is divided by it, the columns of W are multiplied.
@@ -68,11 +70,10 @@ def choose(stats: Mapping[str, Tensor], weights: Mapping[str, Tensor], lever: Le
     for names in together.values():
         absmax = stats[names[0]]
         _refuse_not_finite(absmax, names[0])
-        if lever == "smooth":
-            one = Outliers(smooth=smooth_vector(absmax, [weights[name] for name in names]))
-        else:
-            one = Outliers(columns=outlier_columns(absmax))
-        found |= dict.fromkeys(names, one)
+        columns = None if lever == "smooth" else outlier_columns(absmax)
+        rest = absmax if columns is None else absmax.index_fill(0, columns, 0)
+        smooth = None if lever == "columns" else smooth_vector(rest, [weights[name] for name in names])
+        found |= dict.fromkeys(names, Outliers(smooth, columns))
     return found
 
 
