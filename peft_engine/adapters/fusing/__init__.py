@@ -183,7 +183,7 @@ def fuse(
     named = list(model.named_modules())
     bypassed = _parts_of_adapters(model)
     alone = [(name, m) for name, m in named if id(m) not in bypassed]
-    report.swapped |= {name: state_of(m).op for name, m in alone if isinstance(m, ProjectionForward)}
+    report.swapped |= {name: state_of(m).op for name, m in alone if issubclass(type(m), ProjectionForward)}
     report.skipped |= {name: kept[name] for name, _ in alone if name in kept}
     for name, module in named:
         if id(module) not in bypassed:

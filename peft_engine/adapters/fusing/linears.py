@@ -17,7 +17,10 @@ from .quantised import base_classes, is_quantised, lora_classes, why_not_quantis
 from .sharing import group_of
 from .state import ATTRIBUTE, hooked, once_each, original_class, state_of
 
-_Layer = PeftLinear if TYPE_CHECKING else object  # the layers on bitsandbytes' linears have the same parts
+if TYPE_CHECKING:
+    _Layer = PeftLinear  # the layers on bitsandbytes' linears have the same parts
+else:
+    _Layer = object
 
 
 class FusedLoraLinear(_Layer):
@@ -150,7 +153,7 @@ class FusedLoraLinear(_Layer):
 
 
 @once_each
-def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+def fused_class(cls: type[Any]) -> type[nn.Module]:
     """`cls`, a LoRA layer of peft, with the fused forward, under its own name."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (FusedLoraLinear, cls), names)
@@ -173,7 +176,8 @@ def why_not(module: nn.Module) -> str | None:
     """Why a LoRA layer of peft can't be fused; None if it can."""
     if type(module) not in (PeftLinear, *lora_classes()):
         return f"peft's {type(module).__name__} has no fused form"
-    base: Any = module.get_base_layer()
+    layer: Any = module
+    base = layer.get_base_layer()
     if original_class(base) not in (nn.Linear, Conv1D, *base_classes()):
         return f"its base layer is a {type(base).__name__}"
     if is_quantised(base) and (reason := why_not_quantised(base)):
@@ -182,9 +186,9 @@ def why_not(module: nn.Module) -> str | None:
         return "its base weight trains"
     if getattr(base, "_hf_tp_plan", None) is not None:
         return "it is tensor-parallel"
-    if not getattr(module, "cast_input_dtype_enabled", True):
+    if not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting of its input is switched off"
-    others = {type(v).__name__ for v in module.lora_variant.values() if not is_dora(v)}
+    others = {type(v).__name__ for v in layer.lora_variant.values() if not is_dora(v)}
     if others:
         return f"peft's variant {', '.join(sorted(others))} has no fused form"
     if any(hooked(m) for m in module.modules() if m is not module):

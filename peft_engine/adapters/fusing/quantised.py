@@ -69,13 +69,14 @@ def quantised_of(module: nn.Module) -> QuantisedWeight | None:
     state = module.__dict__.get(ATTRIBUTE)
     if not isinstance(state, Fused) or KEY not in state.extra:
         return None
+    kept: QuantisedWeight
     key, kept = state.extra[KEY]
     if torch.compiler.is_compiling():
-        return kept  # type: ignore[no-any-return]
+        return kept
     weight: Any = module.weight
     if key != (weight.data_ptr(), weight.device):  # another weight (peft's merge), or moved
         kept = _put(module)
-    return kept  # type: ignore[no-any-return]
+    return kept
 
 
 def _put(module: nn.Module) -> QuantisedWeight:
