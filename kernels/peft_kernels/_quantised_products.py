@@ -1,7 +1,8 @@
 """Both products of a quantised linear: W is made numbers in a scratch buffer right before each, and kept by nobody.
 
 One buffer serves all layers: on a CPU one for each thread and dtype, on CUDA one for each stream and dtype. It is as
-large as the largest weight that came by. 2-D tensors: x (M, K), dy (M, N).
+large as the largest weight that came by, and stays until `release` or the end of its thread. 2-D tensors: x (M, K),
+dy (M, N).
 """
 
 import threading
@@ -30,12 +31,20 @@ _ONE_AT_A_TIME = threading.RLock()
 
 def _cut(buffers: dict[Any, Tensor], key: Any, one: QuantisedWeight, dtype: torch.dtype) -> Tensor:
     """The buffer of this key, (N, K) of it; made, or made larger, where it is too small."""
-    count = one.shape.numel()
-    if key not in buffers or buffers[key].numel() < count:
+    count, found = one.shape.numel(), buffers.get(key)
+    if found is None or found.numel() < count:
+        found = None
         buffers.pop(key, None)
         with torch.inference_mode(False):  # it outlives the evaluation that may ask for it first
-            buffers[key] = torch.empty(count, dtype=dtype, device=one.device)
-    return buffers[key][:count].view(one.shape)
+            found = buffers[key] = torch.empty(count, dtype=dtype, device=one.device)
+    return found[:count].view(one.shape)
+
+
+def release() -> None:
+    """Let go of the buffers of this thread and of all streams; whoever multiplies next makes a new one."""
+    _OF_THREAD.buffers.clear()
+    with _ONE_AT_A_TIME:
+        _OF_STREAM.clear()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Fused models over bitsandbytes' linears: what peft computes on them, no more memory, and no weight that changes."""
 
 import copy
+import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -17,6 +19,8 @@ from peft_engine.adapters.fusing import fuse, unfuse
 from peft_engine.adapters.fusing.quantised import is_quantised, keep_codes, quantised_of
 from peft_engine.errors import ConfigError
 from peft_engine.meters.memory import LiveBytes
+from peft_engine.session import Run
+from peft_kernels import _quantised_products as products
 
 SHARED, ALONE = "lora_linear, shared input", "lora_linear"
 # as test_fusing.py has them for plain linears
@@ -268,6 +272,46 @@ def test_no_more_memory_than_peft() -> None:
             step(one, batch)
         peaks.append(meter.peak)
     assert peaks[0] <= peaks[1]
+
+
+def test_the_scratch_buffer_goes_with_the_model() -> None:
+    def used() -> Any:
+        model, _ = twins("llama", "nf4")
+        fuse(model)
+        step(model, batch_of("llama", rows=8))
+        assert products._OF_THREAD.buffers
+        return model
+
+    model = used()
+    unfuse(model)
+    assert not products._OF_THREAD.buffers
+    used()
+    gc.collect()
+    assert not products._OF_THREAD.buffers
+
+
+def test_a_run_tells_of_its_quantised_linears() -> None:
+    """As `train` says and writes it, where nothing was frozen in another format; nothing of a plain model."""
+    model, _ = twins("llama", "nf4")
+    told = [
+        Run._frozen(SimpleNamespace(group=SimpleNamespace(fused=report)))  # type: ignore[arg-type]
+        for report in (fuse(model), fuse(make("llama")), None)
+    ]
+    assert told[0]["quantised_linears"].startswith("as loaded: 14 linears in nf4; passes: ")
+    assert told[1:] == [{}, {}]
+
+
+def test_keep_codes_can_be_called_again_and_on_any_model() -> None:
+    model, _ = twins("llama", "nf4")
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    found = [model, model.base_model.model, fused, make("llama"), nn.Linear(2, 3), next(iter(bases(model).values()))]
+    for one in (model, fused):
+        for base in bases(one).values():
+            base.support_avx512bf16_for_cpu = True
+    for one in found * 2:
+        keep_codes(one)
+    assert not any(base.support_avx512bf16_for_cpu for one in (model, fused) for base in bases(one).values())
 
 
 def test_the_report_says_why_a_linear_stays() -> None:

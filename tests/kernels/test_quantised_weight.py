@@ -64,6 +64,23 @@ def test_their_own_function_gives_the_same_where_it_is_right() -> None:
                     assert torch.equal(bits(QuantisedWeight.from_parameter(p).dequantised(dtype)), bits(want))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(33, 96), (5, 33), (7, 100), (2, 64)])
+def test_every_number_is_the_nearest_of_its_block(shape, kind) -> None:
+    """Without a line of bitsandbytes' or ours, in float64: a block is 64 numbers that follow each other in memory,
+    wherever rows end, and a code stands for the table's nearest number times the block's largest size."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)) * torch.logspace(-2, 2, shape[0])[:, None]
+    p = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type=kind, compress_statistics=False).to(DEVICE)
+    got = QuantisedWeight.from_parameter(p).dequantised().double().flatten().tolist()
+    flat = weight.double().flatten().tolist()
+    for start in range(0, len(flat), 64):
+        block = flat[start : start + 64]
+        top = max(map(abs, block))
+        for place, value in enumerate(block):
+            nearest = min(abs(value - number * top) for number in TABLES[kind])
+            assert abs(value - got[start + place]) <= nearest + 1e-6 * top
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a fault of bitsandbytes' CPU kernel")
 def test_their_cpu_kernel() -> None:
     """bitsandbytes 0.50 on a CPU counts K // blocksize blocks a row: wrong where a block goes on in the next row.

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_kernels._launch import Backend, interpreted, tensor_core_dot, triton_installed
+from peft_kernels._quantised_products import release
 
 from ... import processes
 from ...errors import ConfigError
@@ -244,6 +245,7 @@ def unfuse(model: nn.Module) -> None:
             give_back(module)
             for name in [name for name in module._buffers if name.startswith(PREFIX)]:
                 delattr(module, name)
+    release()
     if rounded:
         warnings.warn(
             f"peft_engine.unfuse: the weights of {rounded} frozen linears come back as they were rounded; load the "

@@ -5,15 +5,19 @@ int8 is the weight format of LLM.int8() alone: the product is that of the unpack
 
 On CPUs with bf16 units bitsandbytes' own Linear4bit repacks its weight at the first evaluation, with absmax rounded to
 bf16, and computes in bf16 from then on, in training too and without a gradient of its input. `keep_codes` forbids that.
+What it leaves: on a CPU bitsandbytes 0.50 itself unpacks 4 bits wrongly where in_features is even and no multiple of
+the blocksize; fused layers unpack them right.
 """
 
 import sys
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
 from peft_kernels._launch import Backend
+from peft_kernels._quantised_products import release
 from peft_kernels.lora_linear import Projection
 from peft_kernels.quantised_weight import QuantisedWeight
 
@@ -139,4 +143,6 @@ def apply(model: nn.Module, backend: Backend, rows: RowSeeds) -> tuple[dict[str,
         state = Fused(cls, "quantised_linear", backend, rows, salt_of(name), {"name": name})
         swap(module, subclass(cls, QuantisedForward), state)
         kinds[name] = _put(module).kind
+    if kinds:  # the numbers of the largest weight need not outlive the model
+        weakref.finalize(model, release).atexit = False
     return kinds, kept
