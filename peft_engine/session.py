@@ -318,11 +318,11 @@ class Run:
         }
 
     def _frozen(self) -> dict[str, str]:
-        """For run.json: the format of the frozen linears, and how it came about."""
+        """For run.json: the format of the frozen linears, and how it came about, or that of quantised ones."""
         fused = self.group.fused
-        if fused is None or fused.record is None:
+        if fused is None or (fused.record is None and not fused.quantised):
             return {}
-        return {"frozen_compute": fused.told()}
+        return {"quantised_linears" if fused.record is None else "frozen_compute": fused.told()}
 
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         trainee = self.trainees[0]
