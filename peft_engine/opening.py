@@ -1,5 +1,6 @@
 """A finished run, opened for use: its adapter on its backbone, whose weights are what they were in training."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,29 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = (), *, dequantised: 
     linears = list(quantised_linears(backbone.model))
     formats = dequantise(backbone.model, backbone.model.dtype) if dequantised else {}
     group = load_adapter(backbone, config, folder / "adapter")
+    if linears:
+        _round_as_trained(group, config, linears, formats)
     if config.model.offload == "layers":
         stream_layers(group, runtime.device)
     if config.model.frozen_compute != "full":
-        _freeze_as_trained(group, config, read_record(folder / FILE))
-    if linears:
-        _round_as_trained(group, config, linears, formats)
-        if not dequantised and config.kernels != "off":
-            _fuse(group, config)
+        _freeze_as_trained(group, config, read_record(folder / FILE, of_run(folder, "digests").get("frozen")))
+    if linears and not dequantised and config.kernels != "off":
+        _fuse(group, config)
     return Opened(folder, config, labels, task, runtime, group)
+
+
+def of_run(folder: Path, *names: str) -> Any:
+    """What run.json says under these names. Raises StorageError where it says nothing."""
+    path = folder / "run.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in names:
+            found = found[name]
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} can't be read: {error}.", "Restore it, or run train --resume, which writes it anew."
+        ) from error
 
 
 def _round_as_trained(group: Group, config: Config, linears: list[str], formats: dict[str, Format]) -> None:

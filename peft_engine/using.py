@@ -17,11 +17,11 @@ from .data.cleaning import Dropped
 from .data.loading import encode_split, load_splits, without_looking
 from .data.reading import Rows
 from .data.splitting import Split, load_one
-from .errors import ConfigError, DataError, StorageError
+from .errors import ConfigError, DataError
 from .evaluation import evaluate_split, predict_rows
 from .export_run import export as export
 from .generation import generate_text, prompt_and_answer
-from .opening import Opened, open_run
+from .opening import Opened, of_run, open_run
 from .run_directory import find_run, storage_errors, write_whole
 from .tasks import TASKS
 from .tasks.base import Generates
@@ -135,7 +135,7 @@ def generate(
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
     opened = open_run(path, overrides)
     tokenizer = opened.task.processor
-    templated = not isinstance(opened.task, Seq2Seq) and _learned_conversations(folder)
+    templated = not isinstance(opened.task, Seq2Seq) and of_run(folder, "data", "conversations")
     if system and not templated:
         raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
@@ -147,17 +147,6 @@ def generate(
         return generate_text(
             model, tokenizer, [text], max_new_tokens, templated=templated, temperature=temperature, streamer=make
         )[0]
-
-
-def _learned_conversations(folder: Path) -> bool:
-    """What run.json says of the training data. Raises StorageError where it says nothing."""
-    path = folder / "run.json"
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["data"]["conversations"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(
-            f"{path} can't be read: {error}.", "Restore it, or run train --resume, which writes it anew."
-        ) from error
 
 
 def _predictions(opened: Opened, split: Split) -> list[dict[str, Any]]:

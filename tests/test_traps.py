@@ -747,7 +747,8 @@ def test_trap_12_a_quantised_run_is_merged_onto_the_base_that_keeps_its_outputs(
     assert kept["onto"] == drift.base == min(both, key=lambda base: both[base]["kl"])
     assert 10 * abs(both["dequantised"]["kl"]) < both["full precision"]["kl"] < 0.05
     assert both[kept["onto"]] == kept["held_out"] == drift.held_out.to_json()
-    assert both["full precision"]["top1_agreement"] <= both["dequantised"]["top1_agreement"] == 1.0
+    assert both["dequantised"]["relative"] < 1e-5 < both["full precision"]["relative"]
+    assert both["dequantised"]["top1_agreement"] > 0.99  # of 221 places one is a tie but for the last bit
     merged, own = load_file(folder / "model.safetensors"), load_file(quantised_model / "model.safetensors")
     opened = open_run(of.output)
     deltas = {
