@@ -138,10 +138,8 @@ def freeze(
     Raises:
         ValueError: a weight that is not finite, or settings that do not fit it.
     """
-    return freeze_siblings(
-        [weight], format, smooth=smooth, columns=columns, spare_gradients=spare_gradients, transposed=transposed,
-        units=units,
-    )[0]  # fmt: skip
+    settings: dict[str, Any] = {"smooth": smooth, "columns": columns, "spare_gradients": spare_gradients}
+    return freeze_siblings([weight], format, **settings, transposed=transposed, units=units)[0]
 
 
 def freeze_siblings(
