@@ -120,8 +120,7 @@ LADDER = (
 """From fast to small."""
 ON_CPU = tuple(one for one in ALONE if not (one.activation_offload or one.layers))
 CHECKED = tuple(one for one in ON_CPU if not one.weights)
-CARDS = (8, 12, 16, 24, 40, 48, 80)
-ROOM = 0.9  # share of a card (GB = 1e9 bytes) that a count may fill
+CARDS, ROOM = (8, 12, 16, 24, 40, 48, 80), 0.9  # GB (1e9 bytes), and the share of these that a count may fill
 BATCH, FAKE = (4, 256), tuple((shape, tokens) for shape in ("1B", "8B", "70B") for tokens in (2048, 8192))
 """Sequences and tokens of the real counts; models and tokens of the fake ones, one sequence each."""
 
@@ -173,8 +172,7 @@ def attend(
 
 @contextmanager
 def as_on_a_card() -> Iterator[None]:
-    """Let `fuse` and the loss take CUDA's path for fake tensors labelled cpu. No kernel is ever launched: each has a
-    fake of its own."""
+    """Let `fuse` and the loss take CUDA's path for fake tensors labelled cpu; no kernel is ever launched."""
     before = loss_of_hidden.CPU_ROWS, loss_of_hidden.CPU_BYTES
     loss_of_hidden.CPU_ROWS, loss_of_hidden.CPU_BYTES = loss_of_hidden.CUDA_ROWS, loss_of_hidden.CUDA_BYTES
     os.environ["TRITON_INTERPRET"] = "1"
@@ -190,9 +188,9 @@ def real_model(levers: Levers) -> Any:
     if levers.weights:
         from transformers import BitsAndBytesConfig
 
-        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        eight = levers.weights == "int8"
-        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=not eight, **four)
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        chosen = {"load_in_8bit": True} if levers.weights == "int8" else four
+        settings["quantization_config"] = BitsAndBytesConfig(**chosen)
     return AutoModelForCausalLM.from_pretrained(SMOLLM, **settings)
 
 
@@ -291,8 +289,8 @@ def _beside(model: Any) -> Iterator[Tensor]:
 def count_real(levers: Levers) -> dict[str, int]:
     from transformers import AutoTokenizer
 
-    path = ROOT / ".assets" / "data" / "e2e_nlg.jsonl"
-    text = " ".join(str(v) for row in path.read_text().splitlines()[:400] for v in json.loads(row).values())
+    rows = (ROOT / ".assets" / "data" / "e2e_nlg.jsonl").read_text().splitlines()[:400]
+    text = " ".join(str(v) for row in rows for v in json.loads(row).values())
     tokens = AutoTokenizer.from_pretrained(SMOLLM)(text, verbose=False)["input_ids"]
     ids = torch.tensor(tokens[: BATCH[0] * BATCH[1]]).view(BATCH)
     torch.manual_seed(0)
@@ -326,18 +324,18 @@ def code_bytes(count: int, out: int, weights: str) -> tuple[int, int]:
     return count // 2, blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
 
 
-def added_up(found: dict[str, int], shape: dict[str, Any], levers: Levers) -> dict[str, int]:
-    """With weights in codes, and with layers on the host: bf16 before."""
+def added_up(found: dict[str, int], shape: dict[str, Any], levers: Levers, size: int = 2) -> dict[str, int]:
+    """With weights in codes, and with layers on the host; before, a number took `size` bytes."""
     each, layers = linears(shape), shape["num_hidden_layers"]
-    moving, staying = 2 * sum(each), 0
+    moving, staying = size * sum(each), 0
     scratch = 0
     if levers.weights:
         width, inner = shape["hidden_size"], shape["intermediate_size"]
         outs = [each[0] // width, each[1] // width, each[2] // width, width, inner, inner, width]
         both = [code_bytes(count, out, levers.weights) for count, out in zip(each, outs, strict=True)]
-        moving, staying, scratch = sum(c for c, _ in both), sum(b for _, b in both), 2 * max(each)
+        moving, staying, scratch = sum(c for c, _ in both), sum(b for _, b in both), size * max(each)
     here = 2 if levers.layers else layers
-    weights = here * moving + layers * staying - 2 * layers * sum(each)
+    weights = here * moving + layers * staying - size * layers * sum(each)
     return found | {
         "peak": found["peak"] + weights + scratch,
         "weights": found["weights"] + weights,
@@ -348,6 +346,8 @@ def added_up(found: dict[str, int], shape: dict[str, Any], levers: Levers) -> di
 def added_up_from(cells: dict[str, Any], name: str, tokens: int, levers: Levers) -> dict[str, int]:
     """Levers that are added up share a count, which is a cell of its own."""
     run = replace(levers, weights="", layers=False)
+    if tokens == BATCH[1]:
+        return added_up(cells[f"check {run.told()}"], SHAPES[name], levers, 4)
     key = f"{name} {tokens} {run.told()}"
     if key not in cells:
         cells[key] = count_fake(name, 1, tokens, run, True) | {"levers": asdict(run)}
@@ -359,8 +359,9 @@ def jobs(what: str, cells: dict[str, Any]) -> list[tuple[str, Levers, Any]]:
     if what == "real":
         return [(f"real {one.told()}", one, partial(count_real, one)) for one in ON_CPU]
     if what == "check":
-        shape = SHAPES["135M"]
-        return [(f"check {one.told()}", one, partial(count_fake, shape, *BATCH, one, False)) for one in CHECKED]
+        codes = [one for one in ON_CPU if one.weights]
+        found = [(f"check {one.told()}", one, partial(count_fake, "135M", *BATCH, one, False)) for one in CHECKED]
+        return found + [(f"check {o.told()}", o, partial(added_up_from, cells, "135M", BATCH[1], o)) for o in codes]
     return [
         (f"{shape} {tokens} {one.told()}", one, partial(added_up_from, cells, shape, tokens, one))
         for wanted in (LADDER, ALONE)
@@ -375,7 +376,7 @@ def tables(cells: dict[str, Any]) -> str:
     for one in ON_CPU:
         real, fake = cells.get(f"real {one.told()}"), cells.get(f"check {one.told()}")
         if real:
-            apart = f"{fake['peak'] / real['peak'] - 1:+.1%}" if fake else ""
+            apart = f"{100 * fake['peak'] / real['peak'] - 100:+.1f}%".replace("-", "−") if fake else ""
             parts = [real["weights"], real["optimizer"], real["peak"], fake and fake["peak"]]
             shown = " | ".join(f"{v / 1e6:,.0f} MB" if v else "–" for v in parts)
             lines.append(f"| {one.told()} | {shown} | {apart} |")
@@ -392,10 +393,8 @@ def tables(cells: dict[str, Any]) -> str:
 
 def fits(cells: dict[str, Any], card: int, shape: str, tokens: int) -> str:
     """The fastest rung of the ladder that fits a card of so many GB."""
-    sizes = {one.told(): cells.get(f"{shape} {tokens} {one.told()}", {}).get("peak") for one in LADDER}
-    if None in sizes.values():
-        return "not counted"
-    rung = next((told for told, size in sizes.items() if size <= ROOM * card * 1e9), "–")
+    sizes = {one.told(): cells[f"{shape} {tokens} {one.told()}"]["peak"] for one in LADDER}
+    rung = next((told for told, size in sizes.items() if size <= ROOM * card * 1e9), "none of these")
     return rung.removeprefix("LoRA").removeprefix(" + ") or "no lever"
 
 

@@ -82,4 +82,4 @@ def test_the_fastest_that_fits() -> None:
     assert levers.fits(cells, 40, "8B", 2048) == "every second layer checkpointed"
     assert levers.fits(cells, 24, "8B", 2048) == "all layers checkpointed"
     assert levers.fits(cells, 8, "8B", 2048).startswith("nf4 weights + all layers checkpointed + activations")
-    assert levers.fits(cells, 3, "8B", 2048) == "–"
+    assert levers.fits(cells, 3, "8B", 2048) == "none of these"
