@@ -3,10 +3,10 @@
     python benchmarks/gpu_suite.py --part NAME [--budget SECONDS] [--out FOLDER]
     python benchmarks/gpu_suite.py --part all --smoke       the same code in small, on a CPU, in under a minute
 
-Parts: correctness (the kernel tests with real CUDA), linear, elementwise, loss, step, encoder, eight_bit. Cells run in
-order of importance; each is checked against the plain computation before it is timed, printed and written when it is
-measured, and no cell starts after the budget is spent. Results are appended to gpu_<date>_<part>.json in
-benchmarks/results, with a table in Markdown beside it. Without an installed project:
+Parts: correctness (the kernel tests with real CUDA), linear, elementwise, loss, step, encoder, eight_bit, quantised,
+levers. Cells run in order of importance; each is checked against the plain computation before it is timed, printed and
+written when it is measured, and no cell starts after the budget is spent. Results are appended to
+gpu_<date>_<part>.json in benchmarks/results, with a table in Markdown beside it. Without an installed project:
 PYTHONPATH=.:kernels:benchmarks.
 
 The exit status is 1 if a cell was red. See benchmarks/results/README.md for what the numbers mean.
@@ -26,7 +26,7 @@ import torch
 
 from gpu_parts.bench import Bench, OutOfTimeError
 
-PARTS = ("correctness", "linear", "elementwise", "loss", "step", "encoder", "eight_bit")
+PARTS = ("correctness", "linear", "elementwise", "loss", "step", "encoder", "eight_bit", "quantised", "levers")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -5,6 +5,7 @@ products in a narrow format, on one model.
     python benchmarks/step_time.py --dropout 0                  the same without dropout
     python benchmarks/step_time.py --model minilm --rows 32 --tokens 128 --dropout 0.1
     python benchmarks/step_time.py --sides full peft fused int8 int8-head        frozen products in int8, then the head
+    python benchmarks/step_time.py --sides nf4-peft nf4 llm-int8-peft llm-int8  over bitsandbytes' linears
     python benchmarks/step_time.py --model llama-1b --rows 1 --tokens 512 --sides full int8
                                                                 4 layers of Llama-3.2-1B's shapes without their head
 
@@ -36,7 +37,9 @@ OURS: dict[str, dict[str, Any]] = {
     "int8-head": {"frozen_compute": "int8", "frozen_outliers": "none", "frozen_head": "int8"},
 }
 """Fused sides and the arguments of `fuse` that make them."""
-SIDES = ("full", "peft", *OURS)
+QUANTISED = {"nf4": "nf4", "nf4-peft": "nf4", "llm-int8": "int8", "llm-int8-peft": "int8"}
+"""Sides whose linears bitsandbytes holds in 4 or 8 bits: fused, and as peft runs them."""
+SIDES = ("full", "peft", *OURS, *QUANTISED)
 LLAMA = "llama-1b"
 
 
@@ -47,6 +50,7 @@ def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     torch.manual_seed(0)
     if args.model == LLAMA:
+        assert side not in QUANTISED, "quantised sides load a model of .assets/models"
         from transformers import LlamaConfig, LlamaModel
 
         config = LlamaConfig(
@@ -57,6 +61,15 @@ def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return _with_adapters(side, args, LlamaModel(config), {"input_ids": ids, "use_cache": False}, None)
     path = ROOT / ".assets" / "models" / args.model
     tokenizer = AutoTokenizer.from_pretrained(path)
+    loading: dict[str, Any] = {"dtype": torch.float32}
+    if side in QUANTISED:
+        from transformers import BitsAndBytesConfig
+
+        loading["device_map"] = {"": "cpu"}
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=QUANTISED[side] == "nf4", load_in_8bit=QUANTISED[side] == "int8", bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32,
+        )  # fmt: skip
     causal = "CausalLM" in str(json.loads((path / "config.json").read_text()).get("architectures"))
     rows = (ROOT / ".assets" / "data" / "e2e_nlg.jsonl").read_text().splitlines()[:2000]
     text = " ".join(" ".join(str(v) for v in json.loads(row).values()) for row in rows)
@@ -64,10 +77,10 @@ def build(side: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     size = args.rows * args.tokens
     input_ids = torch.tensor(ids[:size]).view(args.rows, args.tokens)
     if causal:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, **loading)
         batch = {"input_ids": input_ids, "labels": input_ids, "use_cache": False}
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, num_labels=2)
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, **loading)
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         batch["labels"] = torch.arange(args.rows) % 2
     return _with_adapters(side, args, model, batch, "CAUSAL_LM" if causal else "SEQ_CLS")
@@ -84,13 +97,13 @@ def _with_adapters(
             task_type=task,
         )  # fmt: skip
         model = get_peft_model(model, settings)
-    if side in OURS:
+    if side in OURS or (side in QUANTISED and not side.endswith("-peft")):
         from peft_engine import fuse
 
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        report = fuse(model, **OURS[side], calibrate=lambda: model(**inputs))
+        report = fuse(model, **OURS.get(side, {}), calibrate=lambda: model(**inputs))
         print(f"{side}: {report.counts()} {report.told()}", file=sys.stderr)
-    if args.allocator == "all" or (args.allocator == "ours" and side in OURS):
+    if args.allocator == "all" or (args.allocator == "ours" and side != "full" and not side.endswith("peft")):
         from peft_engine.runtime import keep_freed_memory
 
         keep_freed_memory()
@@ -182,8 +195,8 @@ def main() -> None:
             "losses": side.losses,
         }
     named = {side.name: side for side in sides}
-    for ours in (name for name in args.sides if name in OURS):
-        for other in (name for name in ("peft", "full", "fused") if name in named and name != ours):
+    for ours in (name for name in args.sides if name != "full" and not name.endswith("peft")):
+        for other in (name for name in ("peft", "full", "fused", f"{ours}-peft") if name in named and name != ours):
             pairs = zip(named[ours].seconds, named[other].seconds, strict=True)
             result[f"{ours}/{other}"] = {
                 "seconds": result[ours]["step_seconds"] / result[other]["step_seconds"],

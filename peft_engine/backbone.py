@@ -20,6 +20,16 @@ from transformers.utils import is_flash_attn_2_available
 from . import processes
 from .config import Config, ModelConfig
 from .errors import ConfigError, EngineError, OutOfMemory, StorageError
+from .quantised import (
+    all_side_tensors,
+    compute_dtype,
+    is_quantised,
+    load_settings_of,
+    make_ready,
+    missing_package,
+    quantised_linears,
+    stored_kind,
+)
 from .runtime import seed_everything
 from .vocabulary import add_tokens
 
@@ -123,6 +133,7 @@ def load_model(
     settings = config.model
     _refuse_flash(settings, device)
     attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+    rounded = load_settings_of(config, auto_class, model_config, device, may_be_new)
     seed_everything(config.training.seed, 0)  # new tensors, if any, are initialised again per member
     try:
         model, info = auto_class.from_pretrained(
@@ -134,13 +145,15 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported in `info` and judged below
             output_loading_info=True,
             **attention,
+            **rounded,
         )
     except SafetensorError as error:
         raise StorageError(
             f"The weights of {settings.path} can't be read: {error}.", "Fetch the model again."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise _explain(settings, error, "model") from error
+        stored = stored_kind(model_config) if isinstance(error, ImportError) else None
+        raise (missing_package(settings, stored, error) if stored else _explain(settings, error, "model")) from error
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     new = sorted({*info["missing_keys"], *mismatched})
     wrong = [name for name in new if not may_be_new(model, name)]
@@ -156,8 +169,17 @@ def load_model(
             f"{shown}.",
             f"Check that model.path holds this architecture ({type(model).__name__}).{hint}",
         )
-    waits = config.training.parallel == "fsdp" and processes.world() > 1  # moves to its device part by part
+    if rounded:  # on its device already
+        make_ready(model, compute_dtype(config, device))
+        return model, new
+    shared_out = config.training.parallel == "fsdp" and processes.world() > 1
+    waits = shared_out or config.model.offload == "layers"  # moves to its device part by part
     return model if waits else model.to(device), new
+
+
+def on_card(config: Config) -> Config:
+    """The same with whole models on the device, for what looks at all weights."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"offload": "none"})})
 
 
 def _refuse_flash(settings: ModelConfig, device: torch.device) -> None:
@@ -174,6 +196,8 @@ def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dty
     asked = config.model.dtype
     if asked != "auto":
         return getattr(torch, asked)
+    if stored_kind(model_config) or config.model.quantization != "none":
+        return compute_dtype(config, device)  # of what is not quantised
     if device.type != "cuda" or config.adapter.method == "full":
         return torch.float32
     stored = getattr(model_config, "dtype", None)
@@ -181,13 +205,14 @@ def _dtype(config: Config, model_config: Any, device: torch.device) -> torch.dty
 
 
 def digest_weights(model: nn.Module, apart: tuple[str, ...] = ()) -> str:
-    """sha256 over a sample of every parameter: name, shape, dtype and up to 4,096 evenly spaced values.
+    """sha256 over a sample of every parameter: name, shape, dtype and up to 4,096 evenly spaced values. Of quantised
+    weights these are codes and absmax.
 
     Args:
         apart: beginnings of the names of those that are left out.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *all_side_tensors(model)):
         if name.startswith(apart):
             continue
         flat = tensor.detach().reshape(-1)
@@ -242,7 +267,17 @@ def embeddings_of(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of all matrix products that can take an adapter, output embeddings left out."""
     output = embeddings_of(model)[1]
-    return [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES) and module is not output]
+    foreign = is_quantised(model) and not quantised_linears(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, LINEAR_TYPES) or (foreign and _is_foreign_linear(module))) and module is not output
+    ]
+
+
+def _is_foreign_linear(module: nn.Module) -> bool:
+    """A linear of another quantisation library (GPTQ, AWQ, HQQ), which need not be one of torch's."""
+    return "Linear" in type(module).__name__ and hasattr(module, "in_features") and not any(module.children())
 
 
 def _refuse_missing(settings: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from .adapters.new_rows import with_new_tokens
 from .adapters.peft_methods import refuse_failing, virtual_tokens
 from .adapters.routers import told_of_balance, without_balance_loss
 from .adapters.selecting import select_trainable
-from .adapters.sharding import shard
+from .adapters.sharding import blocks, shard
 from .adapters.warm_start import start_from
 from .backbone import LINEAR_TYPES, positions_of
 from .config import Config
@@ -28,6 +28,11 @@ from .data.loading import encode_split
 from .data.packing import Packing
 from .data.splitting import Splits
 from .errors import ConfigError
+from .levers.activations import ActivationOffload
+from .levers.checkpointing import checkpoint_layers
+from .levers.lane import CudaLane
+from .levers.layers import StreamedLayers
+from .quantised import compute_dtype, told
 from .runtime import Runtime
 from .tasks import Task
 from .tasks.base import Batch, to_device
@@ -72,7 +77,10 @@ def build_group(
     Args:
         record: what was decided about frozen linears when this run began; None decides now.
     """
+    refuse_levers(config, runtime)
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
+    if said := told(backbone.model, config.model, compute_dtype(config, runtime.device)):
+        backbone.decisions["quantization"] = said
     had_balance = without_balance_loss(backbone.model)
     if config.data.packing:
         refuse_leaky(backbone.model, config.data.pack_tokens or config.data.max_length)
@@ -89,21 +97,58 @@ def build_group(
     refuse_mixed_dtypes(group, runtime)
     if runtime.sharded:
         shard(group, runtime)
+    if config.model.offload == "layers":
+        stream_layers(group, runtime.device)
     processes.copy_first([t.data for member in group.members for t in member.all_tensors().values()])
     if config.kernels != "off":
         fuse_group(group, task, config, runtime, data["train"], record)
     if config.training.gradient_checkpointing:
-        if not backbone.model.supports_gradient_checkpointing:
-            raise ConfigError(
-                f"training.gradient_checkpointing: {type(backbone.model).__name__} does not support it.",
-                "Set it to false.",
-            )
-        # the reentrant kind gives frozen embeddings' adapters no gradient (trap 6)
-        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+        chosen = checkpoint_layers(backbone.model, config.training.gradient_checkpointing)
+        backbone.decisions["gradient_checkpointing"] = chosen
+    if config.training.activation_offload == "cpu":
+        group.offload = ActivationOffload(group.model, CudaLane(runtime.device))
     if config.data.packing:
         for member in group.members:
             prove_isolation(group, member, task, runtime)
     return group
+
+
+def refuse_levers(config: Config, runtime: Runtime) -> None:
+    """Levers that need a card, or one process, before anything is loaded."""
+    refuse_layers_here(config, runtime.device)
+    if config.training.activation_offload == "cpu" and runtime.device.type != "cuda":
+        raise ConfigError(
+            f"training.activation_offload: got cpu, and the device is {runtime.device.type}: only a CUDA card has "
+            "memory apart from the host's.",
+            "Set it to none.",
+        )
+    if config.training.optimizer_in_backward and (runtime.world > 1 or runtime.accelerator.scaler is not None):
+        reason = "processes add up theirs" if runtime.world > 1 else "fp16's loss scale looks at all of them"
+        raise ConfigError(
+            f"training.optimizer_in_backward updates a tensor once its gradient is there, and {reason}.",
+            "Set it to false.",
+        )
+
+
+def refuse_layers_here(config: Config, device: torch.device) -> None:
+    if config.model.offload == "layers" and device.type != "cuda":
+        raise ConfigError(
+            f"model.offload: got layers, and the device is {device.type}: only a CUDA card has memory apart from the "
+            "host's.",
+            "Set model.offload: none.",
+        )
+
+
+def stream_layers(group: Group, device: torch.device) -> None:
+    """Move the model to the card but for its frozen layers, which stay on the host until they run (`model.offload`)."""
+    model: Any = group.backbone.model
+    layers = list(blocks(model))
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    kept = {tensor for member in group.members for tensor in member.all_tensors().values()}
+    kept |= {parameter for parameter in model.parameters() if parameter not in inside}
+    streamed = StreamedLayers(layers, kept, CudaLane(device), device)
+    group.model.to(device)  # embeddings, the head, what stands outside of layers
+    group.backbone.decisions["offload"] = f"{len(layers)} layers, {streamed.host_bytes:,} bytes on the host"
 
 
 def fuse_group(
@@ -195,7 +240,8 @@ def make_trainees(group: Group, data: EncodedSet, config: Config, runtime: Runti
 
 def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
     """Trained tensors are fp32; inside a narrower backbone, anything but LoRA's own products needs autocast."""
-    dtypes = {p.dtype for p in group.backbone.model.parameters() if not p.requires_grad}
+    frozen = [p for p in group.backbone.model.parameters() if not p.requires_grad]
+    dtypes = {p.dtype for p in frozen if p.is_floating_point()}  # codes are integers
     narrow = dtypes - {torch.float32}
     own = [name for name in group.members[0].all_tensors() if ".lora_" not in name]
     split = [m for m in group.model.modules() if not isinstance(m, LINEAR_TYPES) and len(_own_dtypes(m)) > 1]
@@ -213,7 +259,7 @@ def refuse_mixed_dtypes(group: Group, runtime: Runtime) -> None:
 
 
 def _own_dtypes(module: Any) -> set[torch.dtype]:
-    return {p.dtype for p in module.parameters(recurse=False)}
+    return {p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()}
 
 
 def refuse_too_long(model: Any, data: dict[str, EncodedSet]) -> None:

@@ -284,36 +284,51 @@ def generate(
     is_flag=True,
     help="Fold the adapter into the weights: a transformers model folder; its README says how to load it.",
 )
-@click.option("--to", "target", metavar="FOLDER", help="Where to write it; with --merged RUN/merged by default.")
+@click.option(
+    "--gguf",
+    is_flag=True,
+    help="Merge a llama-family model into model.gguf, and write a LoRA adapter as adapter.gguf beside it (llama.cpp).",
+)
+@click.option(
+    "--to", "target", metavar="FOLDER", help="Where to write it; RUN/merged with --merged, RUN/gguf with --gguf."
+)
 @click.option(
     "--max-kl",
     type=float,
     metavar="NATS",
-    help="With --merged: how far its probabilities may be from the trained model's, per token or row; 0.05 by default.",
+    help="Of a merged model: how far its probabilities may be from the trained one's, a token or row; 0.05 by default.",
 )
 @OVERRIDES
 @AS_JSON
 def export(
-    run: str, merged: bool, target: str | None, max_kl: float | None, overrides: tuple[str, ...], as_json: bool
+    run: str,
+    merged: bool,
+    gguf: bool,
+    target: str | None,
+    max_kl: float | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Verify a run's adapter in plain peft, or merge it.
 
     Reloads what is exported in plain transformers and peft, without this engine, compares the logits, and fails
     (exit 7) where they differ. A merged model is also held against what was trained, on up to 256 test rows: mean KL
-    and top-1 agreement go to its merge.json; beyond a bound nothing is left (exit 7). RUN is a run directory, or the
-    config whose output it is.
+    and top-1 agreement go to its merge.json; beyond a bound nothing is left (exit 7). Of a quantised run two merges are
+    held so, onto the full-precision and onto the dequantised weights; the nearer one is written. RUN is a run
+    directory, or the config whose output it is.
 
     \b
     peft-engine export runs/mine                      RUN/adapter as it stands, verified
     peft-engine export runs/mine --to my-adapter      the same, copied
     peft-engine export runs/mine --merged             one model folder, with its README
+    peft-engine export runs/mine --gguf               files for llama.cpp, read again and compared
     """
     from .run_directory import find_run
 
     find_run(run, overrides)  # before torch is waited for
     from .using import export as run_export
 
-    folder, drift = run_export(run, merged=merged, target=target, max_kl=max_kl, overrides=overrides)
+    folder, drift = run_export(run, merged=merged, gguf=gguf, target=target, max_kl=max_kl, overrides=overrides)
     found: dict[str, Any] = {
         "folder": str(folder),
         "relative": drift.relative,
@@ -322,13 +337,17 @@ def export(
     }
     if drift.held_out:
         found["held_out"] = drift.held_out.to_json()
-    library = "transformers" if merged else "transformers + peft"
+    if drift.bases:
+        found |= {"base": drift.base, "bases": {base: one.to_json() for base, one in drift.bases.items()}}
+    library = "transformers" if merged or gguf else "transformers + peft"
     text = (
         f"{folder}: reloaded in plain {library}; largest logit difference {drift.relative:.1e} of the largest logit, "
         f"top-1 agreement {drift.top1_agreement:.1%}"
     )
     if drift.held_out:
         text += f"\n  against what was trained: {drift.held_out.told()}"
+    for base, one in drift.bases.items():
+        text += f"\n  merged onto the {base} base: {one.told()}" + (" (written)" if base == drift.base else "")
     show_found(found, as_json, lambda: click.echo(text))
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from peft_engine.answers import AnswerKind
-from peft_engine.config_checks import cross_faults, dotted
+from peft_engine.config_checks import cross_faults
+from peft_engine.config_faults import dotted
 from peft_engine.config_methods import MethodName
 from peft_engine.config_model import ModelConfig, Pattern, Section
 
@@ -87,10 +88,11 @@ class AdapterConfig(Section):
     dora: bool = False
     """Weight-decomposed update with a trained magnitude (DoRA, Liu et al. 2024)."""
     init: Annotated[
-        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|eva|lora-ga)$")
+        str, Field(pattern=r"^(default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|loftq|eva|lora-ga)$")
     ] = "default"
-    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`, or
-    from training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
+    """Start of A and B: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, `olora`, `pissa`, `pissa_niter_N`,
+    `loftq` (the rounding error of a quantised backbone, its best approximation of that rank; Li et al. 2023), or from
+    training batches: `eva` (principal inputs, Paischer et al. 2024) or `lora-ga` (gradients, Wang et al. 2024)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases trained beside the adapter."""
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -266,8 +268,9 @@ class TrainingConfig(Section):
     """Learning rate after warm-up, in optimizer steps. `wsd`: constant, then linear decay over the last fifth."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Linear warm-up: below 1 a share of all steps, else a number of steps."""
-    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
-    """`adamw8bit` is bitsandbytes' (CPU and CUDA)."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """`adamw8bit` is bitsandbytes' (CPU and CUDA), with moments in 8 bits. The paged ones keep theirs in memory that
+    CUDA moves to the host when the GPU is full (CUDA only)."""
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     """AdamW's moments; the first is SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -278,8 +281,14 @@ class TrainingConfig(Section):
     """Seed of initialisation, data order and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype. `auto`: bf16 on CUDA that has it, fp16 on older CUDA, else fp32. Trained weights are fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
+    gradient_checkpointing: bool | Count | list[Pattern] = False
+    """Recompute activations in backward: less memory, about a third more time. A number k does so in every k-th layer,
+    regular expressions in the layers whose full name one of them finds."""
+    activation_offload: Literal["none", "cpu"] = "none"
+    """CUDA: keep what forward saves for backward in pinned host memory in between."""
+    optimizer_in_backward: bool = False
+    """Update each tensor as soon as its gradient is there, and let that go: no gradients are kept. Needs
+    `max_grad_norm: null` and a step in one micro-batch; most of it is won with `adapter.method: full`."""
     log_every: Count = 10
     """Optimizer steps between rows of metrics.jsonl."""
     eval_every: Count | None = None

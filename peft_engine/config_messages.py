@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from peft_engine.config import Config
-from peft_engine.config_checks import Fault, KeyPath, dotted
+from peft_engine.config_faults import Fault, KeyPath, dotted
 from peft_engine.config_names import ADVICE, EXPECTED, KEYS, NOT_YET, VALUES
 from peft_engine.config_yaml import Origin, show
 
 Schema = dict[str, Any]
-MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float)|[A-Z]\w*Config)$")
+MEMBER = re.compile(r"(literal|dict|list)\[|((constrained-)?(str|int|float|bool)|[A-Z]\w*Config)$")
 """pydantic's names of union members."""
 
 

@@ -32,8 +32,14 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the frozen weights. `auto`: float32 on CPU and MPS, and wherever all weights are trained; else as
     stored."""
-    quantization: Literal["none"] = "none"
-    """Weight quantisation of the frozen backbone."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Format in which the frozen linears' weights are kept, by bitsandbytes: `nf4` and `fp4` 4 bits a number with an
+    absmax for 64 of them (QLoRA), `int8` 8 bits with one for each row (the weights of LLM.int8(); activations are not
+    rounded). Heads, embeddings and norms stay as they are. A checkpoint that is quantised already is taken as it is."""
+    double_quantization: bool = True
+    """nf4, fp4: keep the absmax in 8 bits too."""
+    quantization_skip: list[Pattern] = []
+    """Linears that stay as they are: regular expressions, found anywhere in the full module name. Heads always do."""
     frozen_compute: Literal["full", "bf16", "int8", "fp8", "auto"] = "full"
     """Format of the frozen linears' matrix products, forward and backward; their weights take 1 byte (bf16: 2), x and
     gradients are rounded row by row. `full` is the training dtype, `auto` what is fastest on this device where it is
@@ -55,6 +61,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention code of transformers; `auto` is its own choice. `flash_attention_2` needs CUDA, 16-bit computation and
     the package flash-attn."""
+    offload: Literal["none", "layers"] = "none"
+    """CUDA: `layers` keeps the frozen layers in pinned host memory and copies each to the card shortly before it runs,
+    forward and backward, for models larger than the card."""
     new_tokens: list[Pattern] = []
     """Tokens to add to the vocabulary; their rows of the embeddings are trained and saved with the adapter."""
     trust_remote_code: bool = False

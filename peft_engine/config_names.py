@@ -18,6 +18,12 @@ KEYS = {
     "flash_attention": "model.attention",
     "flash_attn": "model.attention",
     "quant": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
+    "quantization_bit": "model.quantization",
+    "bnb_4bit_use_double_quant": "model.double_quantization",
+    "double_quant": "model.double_quantization",
+    "llm_int8_skip_modules": "model.quantization_skip",
+    "modules_to_not_convert": "model.quantization_skip",
     # adapters
     "lora": "adapter",
     "peft": "adapter",
@@ -147,6 +153,9 @@ KEYS = {
     "gradient_clipping": "training.max_grad_norm",
     "clip_grad_norm": "training.max_grad_norm",
     "grad_clip": "training.max_grad_norm",
+    "activation_offloading": "training.activation_offload",
+    "enable_activation_offloading": "training.activation_offload",
+    "optimizer_in_bwd": "training.optimizer_in_backward",
     "bf16": "training.precision",
     "fp16": "training.precision",
     "mixed_precision": "training.precision",
@@ -191,9 +200,8 @@ ADVICE = {
     "gradient_accumulation_steps": "there is none to set: batch_size counts the sequences of a whole optimizer step, "
     "micro_batch_size how many are in memory at once; accumulation follows from the two",
     "max_kwh": "not in this version; budget has max_usd and max_hours",
-    "load_in_4bit": "not in this version; model.quantization has none only",
-    "load_in_8bit": "not in this version; model.frozen_compute: int8 keeps frozen weights in one byte each",
-    "bnb_4bit_quant_type": "not in this version; model.quantization has none only",
+    "load_in_4bit": "write model.quantization: nf4",
+    "load_in_8bit": "write model.quantization: int8",
     "push_to_hub": "not in this version; the adapter folder of the run can be uploaded as it is",
     "hf_token": "secrets never stand in a configuration; set HF_TOKEN in the environment",
     "token": "secrets never stand in a configuration; set HF_TOKEN in the environment",
@@ -202,8 +210,8 @@ ADVICE = {
 """Unknown keys with an answer of their own."""
 
 NOT_YET = {
-    "model.quantization": "nf4 fp4 int8 4bit 8bit int4 gptq awq gguf fp8",
-    "adapter.method": "reft galore lisa qlora qalora",
+    "model.quantization": "gguf fp8",
+    "adapter.method": "reft galore lisa qalora",
 }
 """Values of the design, or of peft, that this version does not have."""
 
@@ -219,6 +227,17 @@ VALUES = {
         "regression": "text-classification, with data.label_type: regression",
     },
     "model.dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"},
+    "model.quantization": {
+        "4bit": "nf4",
+        "4": "nf4",
+        "int4": "nf4",
+        "bnb": "nf4",
+        "8bit": "int8",
+        "8": "int8",
+        **dict.fromkeys(
+            ("gptq", "awq", "hqq", "torchao"), "none, with a checkpoint in that format: it is taken as it is stored"
+        ),
+    },
     "model.frozen_compute": {
         "none": "full",
         "fp32": "full",
@@ -235,6 +254,7 @@ VALUES = {
         "pissa": "lora, with adapter.init: pissa",
         "olora": "lora, with adapter.init: olora",
         "lora+": "lora, with adapter.lora_plus_ratio: 16",
+        "qlora": "lora, with model.quantization: nf4",
         "probe": "head",
         "linear-probe": "head",
         "freeze": "head",
@@ -263,7 +283,7 @@ VALUES = {
     "model.attention": {"fa2": "flash_attention_2", "flash": "flash_attention_2", "math": "eager"},
     "data.packing": {"bfd": "true", "ffd": "true"},
     "adapter.targets": {"all": "all-linear"},
-    "adapter.init": {"lora_ga": "lora-ga", "loraga": "lora-ga"},
+    "adapter.init": {"lora_ga": "lora-ga", "loraga": "lora-ga", "qpissa": "pissa, with model.quantization: nf4"},
     "training.schedule": {
         "constant_with_warmup": "constant, with training.warmup",
         "warmup_stable_decay": "wsd",
@@ -275,7 +295,8 @@ VALUES = {
         "adamw_torch_fused": "adamw",
         "adamw_8bit": "adamw8bit",
         "adamw_bnb_8bit": "adamw8bit",
-        "paged_adamw_8bit": "adamw8bit",
+        "paged_adamw_8bit": "paged_adamw8bit",
+        "paged_adamw_32bit": "paged_adamw",
     },
     "training.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "32": "fp32", "no": "fp32"},
     "data.supervise": {"completion": "last", "assistant_only": "assistant", "full": "all"},
@@ -294,7 +315,7 @@ EXPECTED = {
     "data.train": "a file or hub data set, or a list of {path: FILE, weight: NUMBER}",
     "data.train[]": "{path: FILE, weight: NUMBER}",
     "adapter.layers": "a list of layer numbers from 0, {first: N}, {last: N}, or null",
-    "adapter.init": "one of default, gaussian, orthogonal, olora, pissa, pissa_niter_N such as pissa_niter_16, eva, "
-    "or lora-ga",
+    "adapter.init": "one of default, gaussian, orthogonal, olora, pissa, pissa_niter_N such as pissa_niter_16, "
+    "loftq, eva, or lora-ga",
 }
 """What a setting takes, where its type alone can't say it well."""

@@ -87,7 +87,7 @@ def _trial(method: str, adapter: Mapping[str, Any], steps: int | None) -> dict[s
         fields["target_modules"] = None  # feedforward_modules is compared with the real ones at injection
     if method == "lora":
         fields["use_dora"] = adapter["dora"]
-        fields["init_lora_weights"] = True if init == "default" else NEEDS_DATA.get(init, init)
+        fields["init_lora_weights"] = True if init in ("default", "loftq") else NEEDS_DATA.get(init, init)
         fields["target_modules"] = targets if isinstance(targets, list) else None
         fields["layers_to_transform"] = layers if isinstance(layers, list) else None
         if adapter["init"] == "lora-ga" and "lora_ga_config" not in fields:

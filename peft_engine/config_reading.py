@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from peft_engine.config import Config
-from peft_engine.config_checks import Fault, KeyPath, Tree, cross_faults, dotted
+from peft_engine.config_checks import cross_faults
+from peft_engine.config_faults import Fault, KeyPath, Tree, dotted
 from peft_engine.config_messages import at, faults_of, full_schema, nests, resolve, unknown_key
 from peft_engine.config_writing import json_schema, starter, to_yaml
 from peft_engine.config_yaml import Origin, Parsed, from_python, parse, show

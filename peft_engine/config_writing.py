@@ -6,7 +6,8 @@ import textwrap
 from typing import Any, get_args
 
 from peft_engine.config import Config, TaskName
-from peft_engine.config_checks import KeyPath, dotted, inapplicable
+from peft_engine.config_checks import inapplicable
+from peft_engine.config_faults import KeyPath, dotted
 from peft_engine.config_messages import expected, full_schema, resolve
 from peft_engine.config_yaml import dump, from_python, show
 from peft_engine.errors import ConfigError

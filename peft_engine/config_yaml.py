@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from peft_engine.config_checks import Fault, KeyPath
+from peft_engine.config_faults import Fault, KeyPath
 from peft_engine.errors import ConfigError
 
 MAX_NODES = 100_000

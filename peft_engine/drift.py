@@ -1,6 +1,6 @@
 """How far a model is from the one that was trained, on the same input (trap 12)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class HeldOut:
             raise VerificationError(
                 f"The merged model is not what was trained: {self.told()}.",
                 "Use the adapter with this engine, on the weights that it was trained on, train it with "
-                "model.frozen_compute: full, or allow more with --max-kl.",
+                "model.frozen_compute: full (and quantization: none), or allow more with --max-kl.",
             )
 
 
@@ -89,12 +89,16 @@ class Drift:
         kl: mean KL(trained ‖ reloaded) in nats (classes or next tokens; 0 for regression).
         top1_agreement: share of positions with the same best class or token.
         held_out: of a merged model, against what was trained, on rows of the run's data.
+        base: weights that the adapter was folded into: "full precision" or "dequantised".
+        bases: `held_out` on each of them, where both were tried.
     """
 
     relative: float
     kl: float
     top1_agreement: float
     held_out: HeldOut | None = None
+    base: str = "full precision"
+    bases: dict[str, HeldOut] = field(default_factory=dict)
 
 
 class Gap:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .drift import Drift, judge_batches
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
 from .model_card import write_card, write_merged_card
+from .quantised import compute_dtype, is_quantised, kind_of, make_ready
 from .tasks.base import Batch, Task
 from .tasks.text_classification import MeanPooled
 
@@ -88,17 +90,36 @@ def verify_adapter(group: Group, config: Config, task: Task, folder: Path) -> Dr
         )
     batch = task.probe(group.model)
     trained = _logits(group.model, batch, task.forward)
-    settings = config.model
+    settings, device = config.model, next(group.model.parameters()).device
     base = task.plain(
         settings.path,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         dtype=group.backbone.model.dtype,
+        **_quantised_alike(group, config, device),
     )
     grow(base, task.processor, settings.new_tokens)
-    plain = PeftModel.from_pretrained(base.to(next(group.model.parameters()).device), str(folder))
+    if is_quantised(base):
+        make_ready(base, compute_dtype(config, device))
+        for part in base.modules():  # a head of ours beside it; quantised models are not moved
+            if kind_of(part) is None and not any(part.children()):
+                part.to(device)
+    else:
+        base = base.to(device)
+    plain = PeftModel.from_pretrained(base, str(folder))
     trim_prompts(plain)
     return _judge(trained, _logits(plain, batch, task.plain_logits), group, "The adapter loaded in plain peft")
+
+
+def _quantised_alike(group: Group, config: Config, device: torch.device) -> dict[str, Any]:
+    """What plain transformers is told to quantise as the backbone is; nothing for a plain one."""
+    model: Any = group.backbone.model
+    if not is_quantised(model):
+        return {}
+    where: dict[str, Any] = {"device_map": {"": str(device)}}
+    if config.model.quantization == "none":  # as it is stored
+        return where
+    return where | {"quantization_config": deepcopy(model.config.quantization_config)}
 
 
 def export_merged(group: Group, config: Config, task: Task, labels: Labels | None, folder: Path) -> Drift:

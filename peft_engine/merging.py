@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters.files import SETTINGS, WEIGHTS, read_adapter, refuse_difference
+from .backbone import on_card
 from .config import Config
 from .config_methods import MERGES
 from .config_reading import to_yaml
@@ -99,7 +100,7 @@ def merge(
     _refuse_strangers(found)
     kept = _choose_head(found, head)
     runtime = start(first.config)
-    task = make_task(first.config, first.labels)
+    task = make_task(on_card(first.config), first.labels)
     backbone = task.load(runtime.device)
     if backbone.weights_digest != first.backbone:
         raise ConfigError(

@@ -195,7 +195,7 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         "## Use",
         "",
         "```python",
-        _snippet(group, config, labels),
+        _on_quantised(_snippet(group, config, labels), group, config),
         "```",
         "",
         "## Made by",
@@ -239,6 +239,27 @@ def _snippet(group: Group, config: Config, labels: Labels | None) -> str:
     if group.backbone.peft_task is None:
         return PEFT_MEAN.format(path=config.model.path, outputs=outputs)
     return PEFT_CLASSES.format(path=config.model.path, outputs=outputs, pad=group.backbone.model.config.pad_token_id)
+
+
+def _on_quantised(snippet: str, group: Group, config: Config) -> str:
+    """The same with a base that is quantised as in training; an adapter that a part of the weights was moved into is
+    for the model's own."""
+    settings: Any = getattr(group.backbone.model.config, "quantization_config", None)
+    if config.model.quantization == "none" or settings is None or group.members[0].initial:
+        return snippet
+    kind = "load_in_8bit=True"
+    if config.model.quantization != "int8":
+        kind = (
+            f"load_in_4bit=True, bnb_4bit_quant_type={config.model.quantization!r}, "
+            f"bnb_4bit_use_double_quant={config.model.double_quantization}"
+        )
+    rounded = f"BitsAndBytesConfig({kind}, llm_int8_skip_modules={settings.llm_int8_skip_modules!r})"
+    path = repr(config.model.path)
+    snippet = snippet.replace(f".from_pretrained({path}", f".from_pretrained({path}, quantization_config=rounded", 1)
+    head, _, tail = snippet.partition("\nbase = ")
+    return f"{head}\nrounded = {rounded}\nbase = {tail}".replace(
+        "from transformers import Auto", "from transformers import BitsAndBytesConfig, Auto", 1
+    )
 
 
 def _number(value: Any) -> str:

@@ -203,13 +203,17 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-IN_FULL = (
+NOT_ROUNDED = (
     "model.frozen_compute=full",
     "model.frozen_outliers=auto",
     "model.frozen_head=full",
     f"model.frozen_error_bound={BOUND}",
 )
-"""Adapters are for the model's own weights, not for rounded ones: on these they are verified and merged."""
+NOT_QUANTISED = ("model.quantization=none", "model.double_quantization=true", "model.quantization_skip=[]")
+PLAIN = (*NOT_ROUNDED, "model.offload=none")
+"""Adapters are for the weights as they are loaded, not for rounded ones: on these they are verified and merged."""
+IN_FULL = (*PLAIN, *NOT_QUANTISED)
+"""The model's own weights, neither rounded nor quantised."""
 
 
 def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Config]:
@@ -236,7 +240,9 @@ def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Con
     if not (folder / "adapter").is_dir():
         raise ConfigError(f"{folder} holds a run that did not end (no adapter/).", "Finish it with train --resume.")
     if "model.frozen_compute=full" in overrides:  # what only means something beside another format goes with it
-        overrides = (*overrides, *IN_FULL)
+        overrides = (*overrides, *NOT_ROUNDED)
+    if "model.quantization=none" in overrides:
+        overrides = (*overrides, *NOT_QUANTISED)
     found = load_config(folder / "config.yaml", overrides)
     _refuse_other_rounding(found, load_config(folder / "config.yaml"))
     return folder, found
@@ -244,14 +250,15 @@ def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Con
 
 def _refuse_other_rounding(asked: Config, own: Config) -> None:
     """A run is used as it was trained, or on the model's own weights."""
-    names = [name for name in type(own.model).model_fields if name.startswith("frozen_")]
-    other = [name for name in names if getattr(asked.model, name) != getattr(own.model, name)]
-    if other and asked.model.frozen_compute != "full":
-        raise ConfigError(
-            f"model.{other[0]}: got {getattr(asked.model, other[0])}, and the run was trained with "
-            f"{getattr(own.model, other[0])}.",
-            "Leave it as it was, or set model.frozen_compute=full for the model's own weights.",
-        )
+    for main, plain, part in (("frozen_compute", "full", "frozen_"), ("quantization", "none", "quantization")):
+        names = [main, *(name for name in type(own.model).model_fields if part in name and name != main)]
+        other = [name for name in names if getattr(asked.model, name) != getattr(own.model, name)]
+        if other and getattr(asked.model, main) != plain:
+            raise ConfigError(
+                f"model.{other[0]}: got {getattr(asked.model, other[0])}, and the run was trained with "
+                f"{getattr(own.model, other[0])}.",
+                f"Leave it as it was, or set model.{main}={plain} for the model's own weights.",
+            )
 
 
 def _near_runs(folder: Path) -> str:

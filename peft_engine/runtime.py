@@ -202,6 +202,11 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
     return asked, "asked for"
 
 
+def training_dtype(asked: str, device: str) -> torch.dtype | None:
+    """The dtype of autocast that `training.precision` means on a kind of device; None where there is no autocast."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(_precision(asked, device)[0])
+
+
 def seed_everything(*parts: int) -> None:
     """Seed Python, NumPy and torch (every device) from a tuple such as (seed, step, rank).
 

@@ -26,6 +26,7 @@ from .meters.cost import cost_usd
 from .meters.energy import energy_here
 from .meters.memory import peak_rss_bytes, storage_bytes
 from .meters.time import PhaseTimer, percentiles
+from .quantised import weights_of
 from .run_directory import RunDirectory, command, refuse_other_settings, storage_errors
 from .runtime import git_state, hardware, machine, start, versions
 from .tasks import make_task
@@ -283,9 +284,10 @@ class Run:
             return None
         trainee, model = self.trainees[0], self.group.model
         average = trainee.average.tensors.values() if trainee.average is not None else ()
+        kept = () if self.config.training.optimizer_in_backward else trainee.member.tensors.values()
         held = {
-            "weights": storage_bytes([*model.parameters(), *model.buffers()]),
-            "gradients": sum(t.numel() * t.element_size() for t in trainee.member.tensors.values()),
+            "weights": storage_bytes(weights_of(model)),
+            "gradients": sum(t.numel() * t.element_size() for t in kept),
             "optimizer": self._optimizer_bytes() + storage_bytes(average),
         }
         return {**held, "activations": peak - sum(held.values())}
@@ -326,11 +328,11 @@ class Run:
         return None if fused is None or fused.record is None else fused.record.digest()
 
     def _frozen(self) -> dict[str, str]:
-        """For run.json: the format of the frozen linears, and how it came about."""
+        """For run.json: the format of the frozen linears, and how it came about, or that of quantised ones."""
         fused = self.group.fused
-        if fused is None or fused.record is None:
+        if fused is None or (fused.record is None and not fused.quantised):
             return {}
-        return {"frozen_compute": fused.told()}
+        return {"quantised_linears" if fused.record is None else "frozen_compute": fused.told()}
 
     def _summary(self, after: dict[str, Any]) -> dict[str, Any]:
         trainee = self.trainees[0]

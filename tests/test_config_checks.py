@@ -257,3 +257,49 @@ def test_what_goes_with_frozen_compute(task: str, sections: dict[str, Any], told
     found = faults(task, model=model, **given)
     assert len(found) == (1 if told else 0), found
     assert all(line.startswith(told or "") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "told"),
+    [
+        ("causal-lm", {}, None),
+        ("seq2seq", {"model": "{quantization: int8, quantization_skip: [wo]}"}, None),
+        ("causal-lm", {"model": "{double_quantization: false}", "adapter": "{init: loftq}"}, None),
+        ("causal-lm", {"adapter": "{method: full}"}, "model.quantization: got nf4, and adapter.method full trains"),
+        ("causal-lm", {"adapter": "{method: loha}"}, "model.quantization: got nf4, and adapter.method loha works on"),
+        ("causal-lm", {"adapter": "{method: bitfit}"}, "model.quantization: got nf4, and adapter.method bitfit"),
+        ("causal-lm", {"adapter": "{bias: lora_only}"}, "adapter.bias: got lora_only; bitsandbytes' linears give no"),
+        ("causal-lm", {"adapter": "{init: lora-ga}"}, "adapter.init: lora-ga reads the gradient of weights"),
+        ("causal-lm", {"model": "{frozen_compute: int8}"}, "model.frozen_compute: got int8 beside quantization nf4"),
+        (
+            "causal-lm",
+            {"model": "{quantization: int8, double_quantization: false}"},
+            "model.double_quantization: is for nf4 and fp4",
+        ),
+        (
+            "causal-lm",
+            {"model": "{quantization: none, quantization_skip: [o_proj]}"},
+            "model.quantization_skip: has no effect with quantization none",
+        ),
+        (
+            "causal-lm",
+            {"model": "{quantization: none, double_quantization: false}"},
+            "model.double_quantization: has no effect",
+        ),
+        ("causal-lm", {"model": "{quantization_skip: ['(']}"}, "model.quantization_skip[0]: got '(', expected a"),
+        (
+            "causal-lm",
+            {"model": "{quantization: int8}", "adapter": "{dora: true}"},
+            "adapter.dora: peft's DoRA loses the scales of int8",
+        ),
+        ("causal-lm", {"adapter": "{dora: true}"}, None),
+        ("kto", {}, "model.quantization: got nf4; task kto trains in the loop of TRL"),
+        ("causal-lm", {"training": "{parallel: fsdp}"}, "training.parallel: fsdp shares out weights as they are"),
+    ],
+)
+def test_what_goes_with_quantization(task: str, sections: dict[str, Any], told: str | None) -> None:
+    given = dict(sections)
+    model = {"path": "m", "quantization": "nf4", **parse(given.pop("model", "{}"), "f").tree}
+    found = faults(task, model=model, **given)
+    assert len(found) == (1 if told else 0), found
+    assert all(line.startswith(told or "") for line in found)

@@ -99,7 +99,11 @@ def test_unknown_key(name: str, nearest: str) -> None:
             "cosin",
             "got cosin (text), expected one of constant, linear, cosine, wsd; nearest: cosine",
         ),
-        ("training.optimizer", "adamw_torch", "one of adamw, sgd, adafactor, adamw8bit; write adamw"),
+        (
+            "training.optimizer",
+            "adamw_torch",
+            "one of adamw, sgd, adafactor, adamw8bit, paged_adamw, paged_adamw8bit; write adamw",
+        ),
         ("adapter.method", "LoRA", "got LoRA (text), expected one of lora, full, head, bitfit, houlsby, pfeiffer,"),
         ("adapter.method", "dora", "; write lora, with adapter.dora: true"),
         (
@@ -152,7 +156,9 @@ def test_not_in_this_version(name: str, value: str) -> None:
 
 def test_not_in_this_version_says_what_there_is() -> None:
     assert "this version has lora, full, head, bitfit, houlsby" in said("adapter.method", "reft")
-    assert said("model.quantization", "nf4").endswith("this version has none")
+    assert said("model.quantization", "fp8").endswith("this version has none, nf4, fp4, int8")
+    assert said("model.quantization", "4bit").endswith("write nf4")
+    assert "it is taken as it is stored" in said("model.quantization", "gptq")
     assert "not in this version; budget has max_usd and max_hours" in said("budget.max_kwh", "3")
 
 

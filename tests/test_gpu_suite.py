@@ -201,6 +201,19 @@ def test_the_eight_bit_part_in_small(tmp_path):
         assert text in notes
 
 
+def test_the_quantised_part_in_small(tmp_path):
+    assert gpu_suite.main(["--part", "quantised", "--smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("smoke_*_quantised.json")
+    (run,) = json.loads(path.read_text())["runs"]
+    names = [cell["cell"] for cell in run["cells"]]
+    assert names == ["unpack", "unpack", "lora_linear forward+backward", "training step", "few rows", "few rows"]
+    _, _, layer, step, *_ = run["cells"]
+    assert set(layer["contenders"]["ours nf4"]["faster_than"]) == {"ours full", "peft nf4"}
+    assert {"y (nf4)", "dA (int8)"} <= set(layer["errors"])
+    assert set(step["contenders"]["ours nf4"]["faster_than"]) == {"peft nf4"}
+    assert any("14 linears in nf4" in note for note in run["notes"])
+
+
 def test_a_step_that_froze_nothing_is_red(bench, monkeypatch):
     from gpu_parts import eight_bit, step, training
 

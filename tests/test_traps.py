@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from chat_samples import CHATML, CHATML_TOKENS, LLAMA3, MARKED, PHI3, byte_tokenizer, chatml, metaspace_tokenizer
 from comparing import changed, write_config
+from peft.tuners.lora.layer import Linear as PeftLinear
 from ranks import done, ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -39,10 +40,12 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedTokenizerBase,
 )
+from wide_models import make_wide
 
-from peft_engine import exporting
+from peft_engine import exporting, quantised
 from peft_engine.adapters import files
 from peft_engine.adapters.group import MemberSpec, plain_name
+from peft_engine.adapters.quantised_start import lora_layers
 from peft_engine.building import encode_splits
 from peft_engine.config import Config
 from peft_engine.config_writing import to_yaml
@@ -55,6 +58,7 @@ from peft_engine.evaluation import evaluate_split
 from peft_engine.generation import generate_text
 from peft_engine.inspection import inspect_data
 from peft_engine.meters.memory import LiveBytes
+from peft_engine.quantised import dequantised
 from peft_engine.run import train
 from peft_engine.tasks import make_task
 from peft_engine.tasks.causal_lm import IGNORED
@@ -724,6 +728,86 @@ def test_trap_12_a_rounded_run_is_merged_onto_its_own_weights_and_says_how_far_i
         export(of.output, merged=True, target=tmp_path / "other", max_kl=1e-9)
     assert not (tmp_path / "other").exists()
     assert export(of.output)[1].relative < 1e-5  # the adapter in plain peft, on weights that nobody rounded
+
+
+@pytest.fixture(scope="module")
+def quantised_model(tmp_path_factory):
+    return make_wide("llama", tmp_path_factory.mktemp("quantised") / "llama", pytest.MonkeyPatch())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_trap_12_a_quantised_run_is_merged_onto_the_base_that_keeps_its_outputs(quantised_model, tmp_path, kind):
+    data = {"split": {"eval": 0.0, "test": 0.4}}
+    of = settings(LM, quantised_model, tmp_path, pair_rows(30), model={"quantization": kind}, data=data)
+    train(of)
+    folder, drift = export(of.output, merged=True)
+    kept = json.loads((folder / "merge.json").read_text())
+    both = kept["candidates"]
+    assert set(both) == {"full precision", "dequantised"}
+    assert kept["onto"] == drift.base == min(both, key=lambda base: both[base]["kl"])
+    assert 10 * abs(both["dequantised"]["kl"]) < both["full precision"]["kl"] < 0.05
+    assert both[kept["onto"]] == kept["held_out"] == drift.held_out.to_json()
+    assert both["dequantised"]["relative"] < 1e-5 < both["full precision"]["relative"]
+    assert both["dequantised"]["top1_agreement"] > 0.99  # of 221 places one is a tie but for the last bit
+    merged, own = load_file(folder / "model.safetensors"), load_file(quantised_model / "model.safetensors")
+    opened = open_run(of.output)
+    deltas = {
+        name: layer.get_delta_weight("default") for name, layer in lora_layers(opened.group.model, "default").items()
+    }
+    for name, weight in own.items():
+        module = name.removesuffix(".weight")
+        if module in deltas:
+            base = opened.group.model.get_base_model().get_submodule(module).get_base_layer()
+            assert torch.allclose(merged[name], dequantised(base) + deltas[module].detach(), atol=1e-6)
+            assert not torch.allclose(merged[name], weight + deltas[module].detach(), atol=1e-3)
+        else:
+            assert torch.equal(merged[name], weight)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_trap_12_the_full_precision_base_is_taken_where_it_is_nearer(quantised_model, tmp_path, monkeypatch):
+    """The choice is by what was measured: here the dequantised weights are spoiled a little."""
+    data = {"split": {"eval": 0.0, "test": 0.4}}
+    of = settings(LM, quantised_model, tmp_path, pair_rows(30), model={"quantization": "int8"}, data=data)
+    train(of)
+    numbers = quantised.dequantised
+
+    def spoiled(module: Any) -> torch.Tensor:
+        found = numbers(module)
+        return found + 0.05 * found.std() * torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(quantised, "dequantised", spoiled)
+    folder, drift = export(of.output, merged=True)
+    kept = json.loads((folder / "merge.json").read_text())
+    assert kept["onto"] == drift.base == "full precision"
+    assert kept["candidates"]["full precision"]["kl"] < kept["candidates"]["dequantised"]["kl"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_trap_12_a_wrong_merge_of_a_quantised_run_is_caught(quantised_model, tmp_path, monkeypatch, kind):
+    """The adapter folded in with the wrong sign, on both bases, in a model that reloads as it was written."""
+    data = {"split": {"eval": 0.0, "test": 0.4}}
+    training = {"steps": 12, "learning_rate": 3e-2}
+    of = settings(
+        LM, quantised_model, tmp_path, pair_rows(30), model={"quantization": kind}, data=data, training=training
+    )
+    train(of)
+    delta = PeftLinear.get_delta_weight
+    monkeypatch.setattr(PeftLinear, "get_delta_weight", lambda layer, adapter: -delta(layer, adapter))
+    monkeypatch.setattr(exporting, "BOUNDS", {torch.float32: 1e9})
+    with pytest.raises(VerificationError, match=r"not what was trained: KL .* on 12 test rows") as caught:
+        export(of.output, merged=True)
+    assert caught.value.exit_code == 7
+    assert not [path.name for path in Path(of.output).iterdir() if "merged" in path.name]
+
+
+def test_trap_12_without_the_rows_no_base_is_chosen(quantised_model, tmp_path):
+    of = settings(LM, quantised_model, tmp_path, pair_rows(30), model={"quantization": "nf4"})
+    train(of)
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(VerificationError, match="is measured on the run's rows"):
+        export(of.output, merged=True)
+    assert not (tmp_path / "run" / "merged").exists()
 
 
 # 13 — tied embeddings

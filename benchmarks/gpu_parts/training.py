@@ -64,7 +64,7 @@ class Subject:
         if self.report is None:
             return "never fused"
         skipped = sorted(set(self.report.skipped.values()))
-        frozen = f", frozen linears: {self.report.told()}" if self.report.record else ""
+        frozen = f", frozen linears: {self.report.told()}" if self.report.record or self.report.quantised else ""
         return f"backend {self.report.backend}, swapped {self.report.counts()}{frozen}, skipped {skipped or 'nothing'}"
 
     def region(self) -> AbstractContextManager[Any]:

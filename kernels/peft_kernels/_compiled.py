@@ -169,6 +169,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "softmax_back": [_P, _P, _P, _N, _N, _T],
     "drop_down": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _N, _P, _N, _T],
     "draw_places": [_P, _N, _N, _N, _F, _P, _T],
+    "dequantise_4bit": [_P, _P, _N, _P, _P, _P, _P, _P, _N, _N, _N, _P, _T],
+    "dequantise_8bit": [_P, _P, _N, _N, _N, _P, _T],
+    "few_rows_4bit": [_P, _P, _N, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _N, _P, _P, _T],
+    "few_rows_8bit": [_P, _P, _P, _N, _N, _N, _N, _P, _P, _T],
     "drop_back": [_P, _N, _N, _N, _N, _P, _N, _P, _N, _P, _N, _N, _P, _N, _P, _N, _T],
 }
 

@@ -1,7 +1,7 @@
 """What shapes and settings decide about a call of `lora_linears`: where tensors stand, which adapters go together."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .frozen_weight import FrozenWeight
+from .quantised_weight import QuantisedWeight
 from .recompute import Recipe
 
 SPARSE = 0.2
@@ -41,7 +42,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Layout:
-    """Tensors stand as: seeds, the recipe's inputs, then per projection weight (None where it is frozen codes), bias,
+    """Tensors stand as: seeds, the recipe's inputs, then per projection weight (None where it is codes), bias,
     (A, B, bias)…; `linears` holds (place of the weight, transposed)."""
 
     linears: tuple[tuple[int, bool], ...]
@@ -69,13 +70,14 @@ def lay_out(settings: tuple[Any, ...], inputs: int, sparse: bool) -> Layout:
 @dataclass(frozen=True)
 class Plan:
     """A call's layout, how x is made again, autocast's dtype (None outside), the backend, and per projection the codes
-    of its weight (None where it is a tensor)."""
+    of its weight, frozen or quantised (None where it is a tensor)."""
 
     layout: Layout
     recipe: Recipe | None
     dtype: torch.dtype | None
     triton: bool
     frozen: tuple[FrozenWeight | None, ...]
+    quantised: tuple[QuantisedWeight | None, ...]
 
     def cast(self, t: Any) -> Any:
         return t if t is None or self.dtype is None else t.to(self.dtype)
@@ -89,8 +91,12 @@ class Plan:
         """Autocast is done by hand inside: it knows nothing of `out=` and in-place products."""
         return nullcontext() if self.dtype is None else torch.autocast(x.device.type, enabled=False)
 
+    def bare(self) -> "Plan":
+        """For backward: the recipe without its inputs, which are saved tensors and may be elsewhere by then."""
+        return self if self.recipe is None else replace(self, recipe=replace(self.recipe, inputs=()))
+
     def input_again(self, x: Tensor | None, tensors: Any) -> Tensor:
         if self.recipe is None:
             assert x is not None
             return x
-        return self.recipe.make(*tensors[1 : 1 + len(self.recipe.inputs)])
+        return self.recipe.make(*tensors[1 : self.layout.linears[0][0]])

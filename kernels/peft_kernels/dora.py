@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ._launch import Backend, compute_dtype, use_triton
 from .frozen_weight import FrozenWeight
+from .quantised_weight import QuantisedWeight
 
 CHUNK_ROWS = 1024
 """Rows of a narrow weight widened to fp32 at a time: bounds the temporary of `weight_norm`."""
@@ -54,13 +55,13 @@ def magnify_dropped_reference(
 
 
 @torch.no_grad()
-def squared_norm(weight: Tensor | FrozenWeight, *, transposed: bool = False) -> Tensor:
+def squared_norm(weight: Tensor | FrozenWeight | QuantisedWeight, *, transposed: bool = False) -> Tensor:
     """‖W‖² of each output row, (N,) in fp32 (fp64 for fp64). Constant while W is frozen: make it once and keep it.
 
     Args:
         weight: (N, K), or (K, N) where `transposed`; or codes, which count with their rounding.
     """
-    if isinstance(weight, FrozenWeight):
+    if isinstance(weight, FrozenWeight | QuantisedWeight):
         return torch.cat([squared_norm(rows) for rows in weight.pieces(CHUNK_ROWS)])
     wide = compute_dtype(weight)
     return torch.linalg.vector_norm(weight, dim=0 if transposed else 1, dtype=wide).square_()
@@ -68,7 +69,7 @@ def squared_norm(weight: Tensor | FrozenWeight, *, transposed: bool = False) -> 
 
 @torch.no_grad()
 def weight_norm(
-    weight: Tensor | FrozenWeight,
+    weight: Tensor | FrozenWeight | QuantisedWeight,
     A: Tensor,
     B: Tensor,
     scale: float,
@@ -104,11 +105,11 @@ def weight_norm(
         )
     if squared is not None and squared.shape != (outputs,):
         raise ValueError(f"squared must have shape ({outputs},), got {tuple(squared.shape)}: see squared_norm.")
-    wide = torch.float32 if isinstance(weight, FrozenWeight) else compute_dtype(weight)
+    wide = torch.float32 if isinstance(weight, FrozenWeight | QuantisedWeight) else compute_dtype(weight)
     A, B = A.to(wide), B.to(wide)
     with torch.autocast(weight.device.type, enabled=False):
         pieces: Iterable[Tensor]
-        if isinstance(weight, FrozenWeight):
+        if isinstance(weight, FrozenWeight | QuantisedWeight):
             pieces = weight.pieces(CHUNK_ROWS)
         else:
             rows = weight.T if transposed else weight

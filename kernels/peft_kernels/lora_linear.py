@@ -11,7 +11,8 @@ that one saved anyway), every S, and the seeds of the masks. Nothing else of siz
 
 The frozen GEMM is cuBLAS or oneDNN; s·S·Bᵀ is added into its output. On CUDA the low-rank products and masks are
 Triton kernels (`_lora_ops`). With a `FrozenWeight` in W's place it runs on the units of that format
-(`_frozen_products`): x is rounded once for all that read it; S and dA see x as it is.
+(`_frozen_products`): x is rounded once for all that read it; S and dA see x as it is. A `QuantisedWeight` becomes
+numbers in a scratch buffer before each of its two products (`_quantised_products`).
 """
 
 from collections.abc import Sequence
@@ -24,11 +25,13 @@ from torch.autograd.function import once_differentiable
 
 from . import _compiled as compiled
 from . import _lora_ops as ops
+from . import _quantised_products as quantised_products
 from ._frozen_products import LowBack, Update, products, products_back
 from ._launch import Backend, use_triton
 from ._lora_plan import Bundle, Plan, lay_out
 from .dropout import check
 from .frozen_weight import FrozenWeight
+from .quantised_weight import QuantisedWeight
 from .recompute import recipe_of
 
 
@@ -57,22 +60,21 @@ class Projection:
     """A frozen linear with the adapters that are active on it.
 
     Attributes:
-        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D), or a FrozenWeight, always (N, K). It gets no
-            gradient.
+        weight: (N, K), or (K, N) where `transposed` (GPT-2's Conv1D), or codes, always (N, K). It gets no gradient.
         bias: (N,), trained or not.
     """
 
-    weight: Tensor | FrozenWeight
+    weight: Tensor | FrozenWeight | QuantisedWeight
     bias: Tensor | None = None
     adapters: tuple[Adapter, ...] = ()
     transposed: bool = False
 
 
 def lora_linear_reference(x: Tensor, projection: Projection, masks: Sequence[Tensor] = ()) -> Tensor:
-    """The definition; for a FrozenWeight without rounding x. `masks`: one per adapter, x's shape, 0 or 1/keep_rate;
+    """The definition; for codes without rounding x. `masks`: one per adapter, x's shape, 0 or 1/keep_rate;
     none without dropout."""
     held = projection.weight
-    weight = held.dequantised().to(x.dtype) if isinstance(held, FrozenWeight) else held
+    weight = held if isinstance(held, Tensor) else held.dequantised().to(x.dtype)
     y = torch.nn.functional.linear(x, weight.t() if projection.transposed else weight, projection.bias)
     for place, one in enumerate(projection.adapters):
         low = torch.nn.functional.linear(x * masks[place] if masks else x, one.A)
@@ -106,7 +108,7 @@ class _LoraLinears(torch.autograd.Function):
                         y = ops.add_up(y, update.low, update.B, update.scale)
                     outputs[place] = y if bias is None else y.add_(bias, alpha=update.scale)
         reads_x = any(needs[pair.at] for bundle in plan.layout.bundles for pair in bundle.pairs)
-        ctx.plan, ctx.shape, ctx.dtype, ctx.count = plan, x.shape, x.dtype, len(tensors)
+        ctx.plan, ctx.shape, ctx.dtype, ctx.count = plan.bare(), x.shape, x.dtype, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if reads_x and plan.recipe is None else None, *tensors, *sketches)
         return tuple(outputs)  # in two dimensions: a view made in here could not be changed in place by its reader
@@ -156,10 +158,16 @@ def _base(plan: Plan, x: Tensor, tensors: Any, updates: list[Update | None]) -> 
     biases = [tensors[linears[i][0] + 1] for i in narrow]
     weights = [one for one in plan.frozen if one is not None]
     found = iter(products(x, weights, biases, [updates[i] for i in narrow], plan.triton))
-    return [
-        ops.base(x, plan.cast(tensors[at]), plan.cast(tensors[at + 1]), transposed) if one is None else next(found)
-        for one, (at, transposed) in zip(plan.frozen, linears, strict=True)
-    ]
+    return [_one_base(plan, x, i, tensors) if one is None else next(found) for i, one in enumerate(plan.frozen)]
+
+
+def _one_base(plan: Plan, x: Tensor, place: int, tensors: Any) -> Tensor:
+    """x·Wᵀ + b of a projection whose weight is numbers, or is made numbers."""
+    (at, transposed), quantised = plan.layout.linears[place], plan.quantised[place]
+    bias = plan.cast(tensors[at + 1])
+    if quantised is None:
+        return ops.base(x, plan.cast(tensors[at]), bias, transposed)
+    return quantised_products.product(x, quantised, bias, plan.dtype or quantised.dtype or x.dtype)
 
 
 def _base_back(
@@ -174,9 +182,15 @@ def _base_back(
     own = [dy for dy, one in zip(rows, plan.frozen, strict=True) if one is not None]
     kind = next((dy.dtype for dy in rows if dy is not None), torch.float32)
     dx, taken = products_back(own, weights, kind, plan.triton, low) if weights else (None, False)
-    for (at, transposed), dy, one in zip(plan.layout.linears, rows, plan.frozen, strict=True):
-        if dy is not None and one is None:
+    for place, ((at, transposed), dy) in enumerate(zip(plan.layout.linears, rows, strict=True)):
+        quantised = plan.quantised[place]
+        if dy is None or plan.frozen[place] is not None:
+            continue
+        if quantised is None:
             dx = ops.base_back(dy, plan.cast(tensors[at]), dx, transposed)
+        else:
+            dtype = plan.dtype or quantised.dtype or dy.dtype
+            dx = quantised_products.product_back(dy, quantised, dx, dtype)
     return dx, taken
 
 
@@ -246,10 +260,11 @@ def lora_linears(
 
     Args:
         x: (samples, …, K) float16 | bfloat16 | float32 | float64, not modified.
-        projections: their weights have x's dtype (any, under autocast), or are FrozenWeights. Adapters of a wider dtype
-            than x compute in theirs, as peft's do, and the sum is rounded once.
+        projections: their weights have x's dtype (any, under autocast), or are codes. Adapters of a wider dtype than x
+            compute in theirs, as peft's do, and the sum is rounded once.
         seeds: int64 (samples,), needed where an adapter has p > 0. Each adapter draws a mask of its own, by its salt.
-        backend: of the low-rank products and masks, and of FrozenWeights' products.
+        backend: of the low-rank products and masks, and of FrozenWeights' products. A QuantisedWeight on CUDA is
+            unpacked by Triton wherever that is installed.
         passes: let the compiled passes take dropped elements out behind one product with x, where they run: the same
             masks, other rounding.
 
@@ -262,12 +277,11 @@ def lora_linears(
     """
     recipe = recipe_of(x)
     tensors: list[Tensor | None] = [seeds, *(recipe.inputs if recipe else ())]
-    settings, frozen = [], []
+    settings: list[Any] = []
     for one in projections:
         _check(x, one, seeds)
         held = one.weight
-        frozen.append(held if isinstance(held, FrozenWeight) else None)
-        tensors += (None if isinstance(held, FrozenWeight) else held, one.bias)
+        tensors += (held if isinstance(held, Tensor) else None, one.bias)
         for pair in one.adapters:
             tensors += (pair.A, pair.B, pair.bias)
         settings.append((one.transposed, tuple((pair.scale, pair.p, pair.salt, pair.A.dtype) for pair in one.adapters)))
@@ -278,7 +292,9 @@ def lora_linears(
     triton = use_triton(x, backend)
     sparse = passes and dtype is None and not triton and seeds is not None and compiled.usable(x)
     layout = lay_out(tuple(settings), len(recipe.inputs) if recipe else 0, sparse)
-    plan = Plan(layout, recipe, dtype, triton, tuple(frozen))
+    frozen = tuple(one.weight if isinstance(one.weight, FrozenWeight) else None for one in projections)
+    quantised = tuple(one.weight if isinstance(one.weight, QuantisedWeight) else None for one in projections)
+    plan = Plan(layout, recipe, dtype, triton, frozen, quantised)
     outputs: tuple[Tensor, ...] = _LoraLinears.apply(plan, x, *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -292,9 +308,11 @@ def lora_linear(
 
 def _check(x: Tensor, one: Projection, seeds: Tensor | None) -> None:
     out, features = one.weight.shape[::-1] if one.transposed else one.weight.shape
-    if one.transposed and isinstance(one.weight, FrozenWeight):
-        raise ValueError("lora_linear: a FrozenWeight is (N, K) always: turn it with freeze(…, transposed=True).")
-    if isinstance(one.weight, FrozenWeight) and not x.is_floating_point():
+    coded = not isinstance(one.weight, Tensor)
+    if one.transposed and coded:
+        kind = type(one.weight).__name__
+        raise ValueError(f"lora_linear: a {kind} is (N, K) always: turn the weight before it becomes codes.")
+    if coded and not x.is_floating_point():
         raise ValueError(f"lora_linear: x must be floating point, got {x.dtype}.")
     if x.shape[-1] != features:
         raise ValueError(f"lora_linear: x has {x.shape[-1]} features, the weight takes {features}.")

@@ -5,7 +5,7 @@ tensors (`full`, `head`, `bitfit`) hold one member.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbone import LINEAR_TYPES, Backbone
+from ..levers.activations import ActivationOffload
+from ..quantised import count_of
 from ..runtime import seed_everything
 from .adalora import RankAllocation
 from .fusing import FuseReport, RowSeeds
@@ -70,6 +72,7 @@ class Group:
         settings: what, beside shapes, decides what an adapter of our own computes; kept with its file.
         rows: names the samples of a batch to the fused model's dropout.
         noise: on the input embeddings in training, None without NEFTune.
+        offload: where saved tensors go between forward and backward, None where they stay.
         started_from: what `adapter.start_from` gave, for the record.
     """
 
@@ -80,6 +83,7 @@ class Group:
     fused: FuseReport | None = None
     rows: RowSeeds | None = None
     noise: Neftune | None = None
+    offload: ActivationOffload | None = None
     started_from: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     _active: str | None = None
@@ -102,6 +106,10 @@ class Group:
 
     def batch_norms(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Around a forward pass that a backward pass follows: what becomes of the tensors that it saves."""
+        return nullcontext() if self.offload is None else self.offload.during()
 
     def begin(self, total_steps: int) -> None:
         """Before the first step of a run: methods with a schedule of their own hear how long it is."""
@@ -152,7 +160,7 @@ class Group:
         """(trainable, total) parameters; other members' adapters are not counted."""
         own = {id(t) for t in member.all_tensors().values()}
         others = {id(t) for m in self.members for t in m.all_tensors().values()} - own
-        total = sum(p.numel() for p in self.model.parameters() if id(p) not in others)
+        total = sum(count_of(p) for p in self.model.parameters() if id(p) not in others)
         return sum(t.numel() for t in member.tensors.values()), total
 
 

@@ -1,7 +1,7 @@
 """LoRA and its variants, injected by the peft library."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any
@@ -17,10 +17,12 @@ from ..backbone import Backbone
 from ..config import AdapterConfig, Config
 from ..config_options import NEEDS_DATA
 from ..errors import ConfigError
+from ..quantised import Format, is_quantised, kind_of, requantise
 from ..runtime import seed_everything
 from .data_start import DataStart, refuse_eva, start_eva, start_lora_ga
 from .group import Group, Member, MemberSpec, initialise, plain_name
 from .new_rows import rows_to_train
+from .quantised_start import start_quantised, starts_from_weights
 from .targets import find_modules_to_save, find_targets, shorten
 
 
@@ -31,6 +33,7 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: Dat
         start: the training batches, which some values of `adapter.init` read.
     """
     init = config.adapter.init
+    rounded = _rounded_start(backbone, init)
     if len(specs) > 1 and (moves_weights(init) or init in NEEDS_DATA):
         why = "moves part of the frozen weight into the adapter" if moves_weights(init) else "gives modules own ranks"
         raise ConfigError(f"adapter.init: {init} {why}, so members can't share it.", "Use init: default for a group.")
@@ -38,6 +41,9 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: Dat
         raise ConfigError(f"adapter.init: {init} reads training batches, and there are none.", "Use init: default.")
     refuse_ambiguous_names(backbone, specs)
     settings = peft_settings(backbone, config)
+    wanted = deepcopy(settings)
+    if rounded:
+        settings.init_lora_weights = True
     std = getattr(backbone.model.config, "initializer_range", 0.02)
     model: Any = None
     if init == "eva":
@@ -55,6 +61,8 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: Dat
             raise ConfigError(f"peft refuses this adapter: {error}", "Correct the adapter section.") from error
         if start and init == "eva":
             start_eva(model, start, spec)
+        if rounded:
+            start_quantised(model, spec.name, init, wanted, config.model)
         for name in backbone.new_modules:
             wrapper = model.get_submodule(f"base_model.model.{name}")
             assert isinstance(wrapper, ModulesToSaveWrapper), name
@@ -65,6 +73,22 @@ def lora(backbone: Backbone, config: Config, specs: list[MemberSpec], start: Dat
     group = Group(backbone, model, "lora", members)
     group.activate(members[0])
     return group
+
+
+def _rounded_start(backbone: Backbone, init: str) -> bool:
+    """Whether a start is made here, because the weights are quantised. Raises ConfigError for what does not go."""
+    quantised = is_quantised(backbone.model)
+    if init == "loftq" and not quantised:
+        raise ConfigError(
+            "adapter.init: loftq mends the rounding of a quantised backbone, and this one is in full precision.",
+            "Set model.quantization: nf4, or use init: pissa or default.",
+        )
+    if init == "lora-ga" and quantised:
+        raise ConfigError(
+            "adapter.init: lora-ga reads the gradient of the weights, which quantised ones have none of.",
+            "Use init: loftq, eva or default.",
+        )
+    return quantised and starts_from_weights(init)
 
 
 def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
@@ -78,7 +102,7 @@ def peft_settings(backbone: Backbone, config: Config) -> LoraConfig:
             "round, and would start from a changed model.",
             "Use init: pissa or default.",
         )
-    init: bool | str = True if asked.init == "default" else NEEDS_DATA.get(asked.init, asked.init)
+    init: bool | str = True if asked.init in ("default", "loftq") else NEEDS_DATA.get(asked.init, asked.init)
     options = dict(asked.options)
     if asked.init == "lora-ga":
         options.setdefault("lora_ga_config", LoraGAConfig())
@@ -186,7 +210,13 @@ def member_of(model: Any, spec: MemberSpec, names: Sequence[str] = ()) -> Member
     return Member(spec, tensors)
 
 
-def move_weights_again(model: Any, adapter: str, names: Collection[str]) -> None:
+def move_weights_again(
+    model: Any,
+    adapter: str,
+    names: Collection[str],
+    wholes: Mapping[str, Tensor] | None = None,
+    formats: Mapping[str, Format] | None = None,
+) -> None:
     """Undo `without_moved_weights` for some linears of a model with such an adapter: it is W - s·B₀·A₀ and B·A again.
 
     In full precision that is the same function. Rounded it is not: what training rounded is W - s·B₀·A₀.
@@ -194,19 +224,30 @@ def move_weights_again(model: Any, adapter: str, names: Collection[str]) -> None
     Args:
         adapter: its name; it has twice the rank that it was trained with. Weights and adapter are changed in place.
         names: of the linears, below peft's wrappers.
+        wholes: the full-precision weights W of those that are quantised: float32 (out, in), on the CPU.
+        formats: how those were quantised that are plain linears now.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
             continue
-        if name.removeprefix("base_model.model.") not in names:
+        plain = name.removeprefix("base_model.model.")
+        if plain not in names:
             continue
         base: Any = layer.get_base_layer()
         down: torch.Tensor = layer.lora_A[adapter].weight  # type: ignore[assignment]
         up: torch.Tensor = layer.lora_B[adapter].weight  # type: ignore[assignment]
         rank = len(down) // 2
         with torch.no_grad():
-            moved = layer.scaling[adapter] * up[:, rank:].contiguous() @ down[rank:].contiguous()
-            wide = base.weight.float()
-            base.weight.copy_(wide + (moved.t() if isinstance(base, Conv1D) else moved))
+            where = torch.device("cpu") if wholes else down.device  # the bits that the start had
+            first = up[:, rank:].contiguous().to(where), down[rank:].contiguous().to(where)
+            moved = layer.scaling[adapter] * first[0] @ first[1]
+            if wholes and kind_of(base):
+                requantise(base, wholes[plain] + moved)
+            else:
+                if wholes and formats:
+                    left = formats[plain].rounded(wholes[plain] + moved)
+                else:
+                    left = moved + (base.weight.float().t() if isinstance(base, Conv1D) else base.weight.float())
+                base.weight.copy_(left.t() if isinstance(base, Conv1D) else left)
         down.data, up.data = down.data[:rank].clone(), up.data[:, :rank].clone()
         layer.r[adapter] = rank

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..quantised import weights_of
 from ..runtime import Runtime, give_back_freed_memory
 from .group import Group
 
@@ -80,7 +81,7 @@ def held_bytes(model: nn.Module) -> int:
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost unit stays whole after an evaluation
     storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in weights_of(model):
         storage = own_part(tensor.detach()).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

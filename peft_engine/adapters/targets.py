@@ -9,6 +9,7 @@ from torch import nn
 from ..backbone import Backbone, linear_names
 from ..config import AdapterConfig, LayersConfig
 from ..errors import ConfigError
+from ..quantised import quantised_linears
 
 TAKES_GROUPS = ("ia3", "loha", "lokr")
 """Methods that peft has for grouped convolutions of any width. For lora the rank must be a multiple of the groups, and
@@ -76,12 +77,19 @@ def find_modules_to_save(backbone: Backbone, asked: Iterable[str]) -> list[str]:
     """Names of modules to train in full: those asked for, and the task's new head.
 
     Raises:
-        ConfigError: a name matches no module.
+        ConfigError: a name matches no module, or one that is quantised.
     """
     names = [name for name, _ in backbone.model.named_modules() if name]
+    rounded = quantised_linears(backbone.model)
     for ending in asked:
         if not any(_ends_with(name, ending) for name in names):
             raise _nothing("adapter.modules_to_save", ending, names)
+        inside = [n for n in rounded if _inside(n, [name for name in names if _ends_with(name, ending)])]
+        if inside:
+            raise ConfigError(
+                f"adapter.modules_to_save: {ending} holds {inside[0]}, which is quantised and can't be trained.",
+                f"Add it to model.quantization_skip: [{ending}]",
+            )
     return sorted({*asked, *backbone.new_modules})
 
 

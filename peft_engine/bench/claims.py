@@ -74,7 +74,8 @@ def _plain_lora(config: dict[str, Any]) -> bool:
     adapter = config.get("adapter") or {}
     varied = adapter.get("rslora") or adapter.get("dora") or adapter.get("init", "default") not in ("default", True)
     varied = varied or adapter.get("lora_plus_ratio") or (adapter.get("options") or {})
-    varied = varied or (config.get("model") or {}).get("frozen_compute", "full") != "full"
+    model = config.get("model") or {}
+    varied = varied or model.get("frozen_compute", "full") != "full" or model.get("quantization", "none") != "none"
     return adapter.get("method") == "lora" and not varied and config.get("kernels", "auto") != "off"
 
 

@@ -13,6 +13,7 @@ from ..adapters.fusing import fuse, row_seeds
 from ..adapters.group import Group, initialise
 from ..adapters.new_rows import with_new_tokens
 from ..answers import is_right
+from ..backbone import on_card
 from ..building import encode_splits, make_trainees, refuse_too_long
 from ..config import Config
 from ..config_reading import load_config
@@ -28,6 +29,7 @@ from ..meters.energy import energy_here
 from ..meters.flops import count_flops, gemm_rate
 from ..meters.memory import peak_rss_bytes
 from ..meters.time import PhaseTimer
+from ..quantised import count_of
 from ..run import train
 from ..runtime import Runtime, git_state, hardware, start, versions
 from ..tasks import Task, make_task
@@ -109,7 +111,7 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def baseline(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Judge the model as it is: train_info and meta_info of a record without training. A new head is as its seed
     starts it."""
-    config, timer, energy = config_of(spec, folder), PhaseTimer(), energy_here()
+    config, timer, energy = on_card(config_of(spec, folder)), PhaseTimer(), energy_here()
     with timer.phase("load"):
         runtime = start(config)
         splits, task, data = prepare(config)
@@ -151,7 +153,7 @@ def baseline(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "memory": None,
         "optimizer_state_bytes": 0,
         "trainable_parameters": 0,
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_parameters": sum(count_of(p) for p in model.parameters()),
         "adapter_file_bytes": None,
         "flops_per_step": None,
         "mfu": None,
@@ -348,7 +350,7 @@ def _forgetting(
     before = spec.get("forgetting_before")
     after = _general_loss(spec, model, task, config, runtime)
     if before is None:  # the baseline is not there: the untouched model once more
-        untouched = make_task(config).load(runtime.device)
+        untouched = make_task(on_card(config)).load(runtime.device)
         before = _general_loss(spec, untouched.model.eval(), task, config, runtime)
     return {"before": before, "after": after, "unit": UNIT}
 

@@ -6,7 +6,8 @@ What only the rows tell, such as their columns, the baseline cell finds; without
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config_checks import PREFERENCE, TEXT, lookup
+from ..config_checks import PREFERENCE, TEXT
+from ..config_faults import lookup
 from ..config_reading import load_config
 from ..data.reading import local_path
 from ..errors import ConfigError, EngineError

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ..config import Count, Section, Seed
-from ..config_checks import KeyPath, dotted
+from ..config_faults import KeyPath, dotted
 from ..config_yaml import Parsed, dump, from_python, parse
 from ..errors import ConfigError
 

@@ -10,7 +10,7 @@ from .splitting import Split, Splits
 from .streaming import StreamedSplit, stream_splits
 from .token_store import encode_streamed, store_facts
 
-__all__ = ["encode_split", "load_splits", "store_facts"]
+__all__ = ["encode_split", "load_splits", "store_facts", "without_looking"]
 
 
 def load_splits(config: Config) -> Splits:
@@ -28,3 +28,10 @@ def encode_split(
     if max_dropped is not None:
         encoding.refuse_empty(split, encoded, max_dropped)
     return encoded
+
+
+def without_looking(config: Config) -> Config:
+    """The settings that give the same splits and look for near duplicates only where these are dropped."""
+    if config.data.near_duplicates != "report":
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"near_duplicates": "off"})})

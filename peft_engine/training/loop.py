@@ -15,7 +15,9 @@ from ..adapters.sharding import own_part
 from ..config import Config
 from ..data.encoding import EncodedSet
 from ..errors import Diverged, OutOfMemory
+from ..levers.in_backward import StepInBackward
 from ..meters.memory import LiveBytes
+from ..quantised import weights_of
 from ..runtime import Runtime, combine, give_back_freed_memory, seed_everything
 from ..tasks.base import Task
 from .ema import averaged
@@ -103,15 +105,20 @@ class Loop:
         self.group.activate(trainee.member)
         heavy = self.runtime.device.type == "cpu" and step == trainee.plan.heaviest_step(self.total_steps)
         meter = LiveBytes(self._resident(trainee), self.runtime.sharded) if heavy else None
+        early = StepInBackward(trainee.optimizer, tensors) if settings.optimizer_in_backward else None
+        set_learning_rate(trainee.optimizer, factor)
         with meter or nullcontext():
-            found = self._gradients(trainee, step)
+            with early.during() if early else nullcontext():
+                found = self._gradients(trainee, step)
+            if early:
+                found = Gradients(found.loss, early.norm(), early.reached())
             loss, norm = float(found.loss), float(found.norm)
-            self._refuse_not_finite(trainee, step, loss, norm)
+            self._refuse_not_finite(trainee, step, loss, norm, early.moved if early else 0)
             if trainee.step == 0:
                 check_gradients(trainee.member, found.reached)
-            clip(tensors, found.norm, settings.max_grad_norm)
-            set_learning_rate(trainee.optimizer, factor)
-            self._update(trainee)
+            if early is None:
+                clip(tensors, found.norm, settings.max_grad_norm)
+                self._update(trainee)
             self.group.after_step(trainee.member, step)
         trainee.optimizer.zero_grad(set_to_none=True)
         if self.runtime.sharded and self.runtime.device.type == "cpu":
@@ -152,8 +159,10 @@ class Loop:
                 if not is_out_of_memory(error):
                     raise
                 smaller = plan.smaller(step, size, rank, world)
-                # sharded: none can try again alone
-                if smaller is None or self.config.training.micro_batch_size != "auto" or self.runtime.sharded:
+                settings = self.config.training
+                # sharded: none can try again alone; in backward: some tensors may have been updated
+                fixed = settings.micro_batch_size != "auto" or self.runtime.sharded or settings.optimizer_in_backward
+                if smaller is None or fixed:
                     raise self._out_of_memory(size, error) from error
             trainee.optimizer.zero_grad(set_to_none=True)
             gc.collect()
@@ -199,8 +208,8 @@ class Loop:
             f"Lower {first} or {self.data.length_setting}, set training.gradient_checkpointing: true, or adapt less.",
         )
 
-    def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float) -> None:
-        """Stop before the update, with the weights still good (trap 25)."""
+    def _refuse_not_finite(self, trainee: Trainee, step: int, loss: float, norm: float, moved: int) -> None:
+        """Stop before the update, the weights still good (trap 25); `moved` tensors had theirs inside of backward."""
         scaled = self.runtime.accelerator.scaler is not None
         if math.isfinite(loss) and (math.isfinite(norm) or scaled):
             trainee.skipped = 0 if math.isfinite(norm) else trainee.skipped + 1
@@ -213,7 +222,7 @@ class Loop:
         self.hooks.fail(
             {"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
         )
-        if trainee.step:
+        if trainee.step and not moved:
             self.hooks.save(trainee.step)
         which = (
             f"rows that do it by themselves: {', '.join(r['row'] for r in rows[:3])}"
@@ -223,7 +232,11 @@ class Loop:
         raise Diverged(
             f"Step {step}: loss {loss}, gradient norm {norm}; {which}.",
             "Lower training.learning_rate, use a wider precision, or mend the rows (failure.json lists them). "
-            "The weights before this step are kept.",
+            + (
+                f"{moved} tensors were updated before: the last checkpoint has good weights."
+                if moved
+                else "The weights before this step are kept."
+            ),
         )
 
     def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
@@ -298,7 +311,7 @@ class Loop:
             for v in s.values()
             if isinstance(v, torch.Tensor)
         ]
-        weights = [own_part(tensor) for tensor in (*self.group.model.parameters(), *self.group.model.buffers())]
+        weights = [own_part(tensor) for tensor in weights_of(self.group.model)]
         averages = [v for t in self.trainees if t.average is not None for v in t.average.tensors.values()]
         return [*weights, *states, *averages]
 

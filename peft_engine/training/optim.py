@@ -37,8 +37,8 @@ def make_optimizer(member: Member, config: Config, device: torch.device) -> torc
             return torch.optim.SGD(groups, lr=lr, momentum=settings.betas[0])
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=lr)
-        case "adamw8bit":
-            return _adamw8bit(groups, lr, settings.betas)
+        case "adamw8bit" | "paged_adamw" | "paged_adamw8bit":
+            return _of_bitsandbytes(settings.optimizer, groups, lr, settings.betas, device)
 
 
 def parameter_groups(member: Member, weight_decay: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
@@ -83,11 +83,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def _adamw8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def _of_bitsandbytes(
+    name: str, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], device: torch.device
+) -> torch.optim.Optimizer:
+    if name.startswith("paged") and device.type != "cuda":
+        raise ConfigError(
+            f"training.optimizer: {name} keeps its state in CUDA's unified memory, and the device is {device.type}.",
+            "Use adamw8bit.",
+        )
     try:
-        import bitsandbytes
+        from bitsandbytes import optim
     except ImportError as error:
         raise ConfigError(
-            f"training.optimizer: adamw8bit needs bitsandbytes ({error}).", "Install it, or use adamw."
+            f"training.optimizer: {name} needs bitsandbytes ({error}).", "Install it, or use adamw."
         ) from error
-    return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
+    cls = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}[name]
+    return cls(groups, lr=lr, betas=betas)

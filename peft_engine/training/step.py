@@ -76,7 +76,7 @@ def gradients(
         if group.rows is not None:
             group.rows.seeds = seeds.to(runtime.device)
         with _noise(group, data, batch, held, rows, seed, seeds):  # also over backward: a replay needs it again
-            with accelerator.autocast():
+            with accelerator.autocast(), group.saving():
                 loss = task.training_loss(group.model, batch) / units
                 if place >= len(micro_batches):
                     loss = loss * 0

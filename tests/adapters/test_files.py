@@ -18,6 +18,7 @@ from peft_engine import using
 from peft_engine.adapters.fusing import unfuse
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError, StorageError, VerificationError
+from peft_engine.exporting import verify_adapter
 from peft_engine.run import train
 from peft_engine.using import export, open_run
 
@@ -207,7 +208,7 @@ def test_drift_beyond_the_bound_is_an_error(tiny_model: Callable[[str], Path], t
     opened = open_run(tmp_path / "out")
     path.write_text(json.dumps({**settings, "lora_alpha": settings["lora_alpha"] * 3}))
     with pytest.raises(VerificationError, match="other logits"):
-        using.verify_adapter(opened.group, opened.config, opened.task, tmp_path / "out/adapter")
+        verify_adapter(opened.group, opened.config, opened.task, tmp_path / "out/adapter")
 
 
 def test_methods_that_are_not_pefts_say_so(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -87,4 +87,11 @@ CASES = {
         ("Install it, or use adamw",),
         limits={"without": "bitsandbytes"},
     ),
+    "nf4 without bitsandbytes": Case(
+        "train c.yaml --set model.quantization=nf4",
+        2,
+        ("model.quantization", "bitsandbytes"),
+        ("Install it, or set model.quantization: none",),
+        limits={"without": "bitsandbytes"},
+    ),
 }

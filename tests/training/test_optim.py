@@ -14,6 +14,7 @@ from transformers import (
 
 from peft_engine.adapters.group import Member, MemberSpec
 from peft_engine.config import AdapterConfig, Config, TrainingConfig
+from peft_engine.errors import ConfigError
 from peft_engine.training.optim import make_optimizer, make_schedule, parameter_groups, set_learning_rate
 
 TOTAL = 40
@@ -125,3 +126,20 @@ def test_decay_reaches_matrices_only_and_the_schedule_scales_every_group(optimiz
     made.step()
     moved = {name for name, t in one.tensors.items() if not torch.equal(t, torch.ones_like(t))}
     assert moved == {name for name, t in one.tensors.items() if t.ndim > 1}
+
+
+@pytest.mark.parametrize(("name", "cls"), [("paged_adamw", "PagedAdamW"), ("paged_adamw8bit", "PagedAdamW8bit")])
+def test_paged_optimizers_are_for_cuda(name: str, cls: str) -> None:
+    settings = Config(
+        task="causal-lm",
+        model={"path": "m"},
+        data={"train": "d.jsonl"},
+        output="o",
+        training=TrainingConfig(optimizer=name, betas=(0.8, 0.95)),
+    )
+    with pytest.raises(ConfigError, match=f"{name} keeps its state in CUDA's unified memory, and the device is cpu"):
+        make_optimizer(member(), settings, torch.device("cpu"))
+    made = make_optimizer(member(), settings, torch.device("cuda"))  # makes no tensor before the first step
+    assert type(made).__name__ == cls
+    assert made.is_paged
+    assert made.param_groups[0]["betas"] == (0.8, 0.95)

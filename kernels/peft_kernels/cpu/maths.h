@@ -104,4 +104,42 @@ INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
 }
 
+// The same over long rows, with four sums on the way at once.
+INLINE float dot_wide(const float* a, const float* b, int64_t n) {
+  float lanes[4 * WIDE] = {}, sum = 0.0f;
+  int64_t r = 0;
+  for (; r + 4 * WIDE <= n; r += 4 * WIDE)
+    for (int64_t l = 0; l < 4 * WIDE; ++l) lanes[l] = __builtin_fmaf(a[r + l], b[r + l], lanes[l]);
+  for (; r < n; ++r) sum += a[r] * b[r];
+  for (int64_t l = 0; l < 2 * WIDE; ++l) lanes[l] += lanes[l + 2 * WIDE];
+  for (int64_t l = 0; l < WIDE; ++l) lanes[l] += lanes[l + WIDE];
+  for (int64_t l = 0; l < 8; ++l) lanes[l] += lanes[l + 8];
+  for (int64_t l = 0; l < 4; ++l) lanes[l] += lanes[l + 4];
+  return sum + ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
+}
+
+// A number in the three dtypes that weights are unpacked to, rounded half to even: float (0), bfloat16 (1), float16 (2).
+template <int KIND> struct Narrow { using type = uint16_t; };
+template <> struct Narrow<0> { using type = float; };
+
+template <int KIND>
+INLINE typename Narrow<KIND>::type rounded(float v) {
+  if constexpr (KIND == 0) {
+    return v;
+  } else {
+    const uint32_t b = (uint32_t)bits(v), size = b & 0x7fffffff;
+    if constexpr (KIND == 1) {
+      const uint32_t up = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+      return (uint16_t)(size > 0x7f800000 ? 0x7fc0 : up);
+    } else {
+      const uint32_t sign = (b >> 16) & 0x8000;
+      if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+      if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and up
+      if (size < 0x38800000)  // below 2⁻¹⁴ the step is 2⁻²⁴, that of float from ½ to 1
+        return (uint16_t)(sign | (uint32_t)(bits(as_float((int32_t)size) + 0.5f) - bits(0.5f)));
+      return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13));
+    }
+  }
+}
+
 }  // namespace

@@ -7,6 +7,7 @@
 // `rescale` have the bits of plain torch.
 
 #include "maths.h"
+#include "quantised.h"
 
 // codes[i] = round(v/scale[i]), scale[i] = max|v|/127, over the parts of row i laid end to end; v = x ⊙ factor. Rows of
 // zeros have scale 1, rows with NaN or infinity scale NaN and codes 0. A part without x is zeros.

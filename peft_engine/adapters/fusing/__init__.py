@@ -17,17 +17,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_kernels._launch import Backend, interpreted, tensor_core_dot, triton_installed
+from peft_kernels._quantised_products import release
 
 from ... import processes
 from ...errors import ConfigError
-from . import attention, freezing, loss, modules, probing
+from . import attention, freezing, loss, modules, probing, quantised
 from .formats import FrozenCompute, passes_status
-from .frozen_linear import PREFIX, FrozenForward, frozen_of, take_back
+from .frozen_linear import PREFIX, frozen_of, take_back
 from .frozen_record import BOUND, FrozenRecord
-from .linears import FusedLoraLinear, why_not
+from .linears import FusedLoraLinear, fused_class, why_not
 from .outliers import Asked
 from .reading import shared_inputs
-from .sharing import SharedInput, SharingForward
+from .sharing import ProjectionForward, SharedInput, SharingForward
 from .state import ATTRIBUTE, Fused, RowSeeds, changed_since, give_back, hooked, original_class, salt_of, state_of, swap
 
 HEAD = "the head in the loss"
@@ -47,7 +48,8 @@ class FuseReport:
         frozen: linear → the format that its weight is in, for those that left full precision.
         kept_full: linear → why it did not; empty where full precision was asked for.
         record: all that was decided about frozen linears, None where full precision was asked for.
-        passes: how the passes round frozen products run: compiled, Triton or plain torch, and why.
+        quantised: linear → "nf4", "fp4" or "int8", for those that bitsandbytes holds in 4 or 8 bits.
+        passes: how the passes round frozen and quantised products run: compiled, Triton or plain torch, and why.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -57,18 +59,19 @@ class FuseReport:
     frozen: dict[str, str] = field(default_factory=dict)
     kept_full: dict[str, str] = field(default_factory=dict)
     record: FrozenRecord | None = None
+    quantised: dict[str, str] = field(default_factory=dict)
     passes: str = ""
 
     def counts(self) -> dict[str, int]:
         """How often each op was swapped in."""
-        found: dict[str, int] = {}
-        for op in self.swapped.values():
-            found[op] = found.get(op, 0) + 1
-        return found
+        return _counted(self.swapped)
 
     def told(self) -> str:
         """In one line: the format of the frozen linears, how it was chosen, and how many stayed in full precision."""
         record = self.record
+        if record is None and self.quantised:
+            kinds = " and ".join(f"{n} linears in {kind}" for kind, n in _counted(self.quantised).items())
+            return f"as loaded: {kinds}; passes: {self.passes}"
         if record is None:
             return "full: asked for"
         if record.format is None:
@@ -92,15 +95,22 @@ class FuseReport:
     def to_json(self) -> dict[str, Any]:
         """For run.json."""
         found: dict[str, Any] = {"backend": self.backend, "swapped": self.counts(), "skipped": self.skipped}
+        if self.quantised:
+            found |= {"quantised": _counted(self.quantised), "passes": self.passes}
         if self.record is None:
             return found
-        formats = sorted(set(self.frozen.values()))
         return found | {
-            "frozen": {one: list(self.frozen.values()).count(one) for one in formats},
+            "frozen": _counted(self.frozen),
             "kept_full": self.kept_full,
             "frozen_errors": self.record.errors,
             "passes": self.passes,
         }
+
+
+def _counted(named: dict[str, str]) -> dict[str, int]:
+    """How often each value stands in it."""
+    values = list(named.values())
+    return {value: values.count(value) for value in dict.fromkeys(values)}
 
 
 def fuse(
@@ -151,6 +161,11 @@ def fuse(
     if record is None:
         _refuse_settings(frozen_compute, frozen_outliers, frozen_error_bound, frozen_head)
     unfuse(model)
+    if (record is not None or frozen_compute != "full") and any(map(quantised.is_quantised, model.modules())):
+        raise ConfigError(
+            "fuse: linears of the model are quantised by bitsandbytes, so they can't be frozen in another format.",
+            "Give frozen_compute full (model.frozen_compute), or load the model without quantization.",
+        )
     report = FuseReport()
     report.backend, report.why = _choose(model, backend)
     chosen: Backend = "triton" if report.backend == "triton" else "torch"
@@ -163,10 +178,14 @@ def fuse(
     if record is not None:
         report.record, report.kept_full = record, record.kept_full
         report.frozen = freezing.apply(model, record, chosen, rows)
-        report.swapped |= dict.fromkeys(_alone(model), "frozen_linear")
+    report.quantised, kept = quantised.apply(model, chosen, rows)
+    if record is not None or report.quantised:
         report.passes = passes_status(next(model.parameters()).device)
     named = list(model.named_modules())
     bypassed = _parts_of_adapters(model)
+    alone = [(name, m) for name, m in named if id(m) not in bypassed]
+    report.swapped |= {name: state_of(m).op for name, m in alone if issubclass(type(m), ProjectionForward)}
+    report.skipped |= {name: kept[name] for name, _ in alone if name in kept}
     for name, module in named:
         if id(module) not in bypassed:
             _swap_one(name, module, chosen, rows, report)
@@ -179,14 +198,15 @@ def fuse(
             _swap_loss(name, module, chosen, rows, report)
     if record is not None and record.head and "linear_cross_entropy" not in report.swapped.values():
         report.kept_full[HEAD] = "the loss of this model is not fused"
-    if report.frozen:
-        for _, module in named:
-            if ATTRIBUTE in module.__dict__:
-                state_of(module).extra |= {"passes": True, "codes": True}
-            if isinstance(module, PreTrainedModel):
-                state = _state_or_new(module, "model", chosen, rows)
-                state.extra["codes"] = True
-                swap(module, modules.refusing_to_save(type(module)), state)
+    marks = {"passes": True} if report.frozen or report.quantised else {}
+    marks |= {"codes": True} if report.frozen else {}
+    for _, module in named:
+        if ATTRIBUTE in module.__dict__:
+            state_of(module).extra |= marks
+        if report.frozen and isinstance(module, PreTrainedModel):
+            state = _state_or_new(module, "model", chosen, rows)
+            state.extra["codes"] = True
+            swap(module, modules.refusing_to_save(type(module)), state)
     return report
 
 
@@ -202,12 +222,6 @@ def _refuse_settings(compute: str, outliers: str, bound: float, head: str) -> No
             "fuse: frozen_outliers, frozen_head and frozen_error_bound have no effect with frozen_compute full.",
             "Set frozen_compute to int8 or auto, or leave them out.",
         )
-
-
-def _alone(model: nn.Module) -> list[str]:
-    """Names of frozen linears that no adapter stands on."""
-    below = _parts_of_adapters(model)
-    return [n for n, m in model.named_modules() if frozen_of(m) is not None and id(m) not in below]
 
 
 def unfuse(model: nn.Module) -> None:
@@ -231,6 +245,7 @@ def unfuse(model: nn.Module) -> None:
             give_back(module)
             for name in [name for name in module._buffers if name.startswith(PREFIX)]:
                 delattr(module, name)
+    release()
     if rounded:
         warnings.warn(
             f"peft_engine.unfuse: the weights of {rounded} frozen linears come back as they were rounded; load the "
@@ -305,7 +320,7 @@ def _match(module: Any, backend: Backend) -> tuple[str, Any, dict[str, Any]] | N
     """(op, class, what it needs), (op, reason, {}) for what can't be fused, None for what is none of our business."""
     if isinstance(module, LoraLayer):
         reason = why_not(cast(nn.Module, module))
-        return ("lora_linear", reason, {}) if reason else ("lora_linear", FusedLoraLinear, {})
+        return ("lora_linear", reason, {}) if reason else ("lora_linear", fused_class(type(module)), {})
     if isinstance(module, BaseTunerLayer):
         return "adapter", f"peft's {type(module).__name__} has no fused form", {}
     if type(module) is nn.Dropout:
@@ -344,8 +359,7 @@ def _share_inputs(name: str, parent: nn.Module, backend: Backend, rows: RowSeeds
         groups.append(SharedInput([m for _, m in members]))
         for child, member in members:
             state_of(member).extra["group"] = groups[-1]
-            op = "lora_linear" if isinstance(member, FusedLoraLinear) else "frozen_linear"
-            report.swapped[f"{name}.{child}" if name else child] = f"{op}, shared input"
+            report.swapped[f"{name}.{child}" if name else child] = f"{state_of(member).op}, shared input"
     if groups:
         state = _state_or_new(parent, "parent", backend, rows)
         state.extra["groups"] = groups
@@ -356,7 +370,7 @@ def _shares(module: nn.Module) -> bool:
     """Whether a linear can run together with its siblings."""
     if isinstance(module, FusedLoraLinear):
         return not module.lora_variant
-    return isinstance(module, FrozenForward)
+    return isinstance(module, ProjectionForward)
 
 
 def _inputs(module: Any) -> int:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.frozen_weight import FrozenWeight
-from peft_kernels.lora_linear import Projection, lora_linear
+from peft_kernels.lora_linear import Projection
+from peft_kernels.quantised_weight import QuantisedWeight
 
 from ...errors import ConfigError
-from .sharing import group_of
+from .quantised import quantised_of
+from .sharing import ProjectionForward
 from .state import ATTRIBUTE, Fused, original_class, state_of
 
 KEY = "frozen"
@@ -50,9 +52,9 @@ def frozen_of(module: nn.Module) -> FrozenWeight | None:
     return moved
 
 
-def weight_of(module: nn.Module) -> Tensor | FrozenWeight:
+def weight_of(module: nn.Module) -> Tensor | FrozenWeight | QuantisedWeight:
     """What multiplies x in this linear."""
-    found = frozen_of(module)
+    found = frozen_of(module) or quantised_of(module)
     return module.weight if found is None else found  # type: ignore[return-value]
 
 
@@ -81,20 +83,8 @@ def take_back(module: nn.Module) -> bool:
     return True
 
 
-class FrozenForward:
+class FrozenForward(ProjectionForward):
     """Mixin of nn.Linear and Conv1D: also of the base layers of peft's, for the paths that stay peft's own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        module: Any = self
-        group = group_of(module)
-        if group is not None:
-            held = group.take(module, x)
-            if held is not None:
-                return held
-        projection = self.plain_projection()
-        if group is not None:
-            return group.run(module, x, projection)
-        return lora_linear(x, projection, backend=state_of(module).backend)
 
     def plain_projection(self) -> Projection:
         module: Any = self

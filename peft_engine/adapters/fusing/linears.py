@@ -1,7 +1,7 @@
 """LoRA layers of peft, run by `peft_kernels.lora_linear`."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -10,21 +10,26 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.dora import magnify, magnify_dropped, squared_norm, weight_norm
 from peft_kernels.dropout import dropout
-from peft_kernels.frozen_weight import FrozenWeight
 from peft_kernels.lora_linear import Adapter, Projection, lora_linear
 
 from .frozen_linear import frozen_of, refuse_numbers, weight_of
+from .quantised import base_classes, is_quantised, lora_classes, why_not_quantised
 from .sharing import group_of
-from .state import ATTRIBUTE, hooked, original_class, state_of
+from .state import ATTRIBUTE, hooked, once_each, original_class, state_of
+
+if TYPE_CHECKING:
+    _Layer = PeftLinear  # the layers on bitsandbytes' linears have the same parts
+else:
+    _Layer = object
 
 
-class FusedLoraLinear(PeftLinear):
-    """peft's `lora.Linear` on one instance. Whatever is not the plain trained path is peft's own forward:
-    disabled or merged adapters, mixed batches, variants other than DoRA, children with hooks."""
+class FusedLoraLinear(_Layer):
+    """Mixin of peft's `lora.Linear`, `lora.Linear4bit` and `lora.Linear8bitLt`. Whatever is not the plain trained path
+    is peft's own forward: disabled or merged adapters, mixed batches, variants other than DoRA, children with hooks."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if ATTRIBUTE not in self.__dict__:  # unfused, while Accelerate kept this method of the instance
-            return PeftLinear.forward(self, x, *args, **kwargs)
+            return type(self).forward(self, x, *args, **kwargs)
         state = state_of(self)
         group = group_of(self)
         if group is not None:
@@ -51,12 +56,12 @@ class FusedLoraLinear(PeftLinear):
         reads = any(name in self.lora_variant for name in self.active_adapters)
         if not self.disable_adapters and reads and frozen_of(self.get_base_layer()) is not None:
             refuse_numbers(self, self.get_base_layer(), "This adapter has no fused form here")
-        return PeftLinear.forward(self, x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As peft's, where all weights of the model are numbers: else some layers would be merged and others not."""
         refuse_numbers(self, self.get_base_layer(), "merge")
-        PeftLinear.merge(self, *args, **kwargs)
+        super().merge(*args, **kwargs)
 
     def plain_projection(self) -> Projection | None:
         """The frozen linear with its active LoRA pairs; None where peft's own forward must run."""
@@ -74,7 +79,7 @@ class FusedLoraLinear(PeftLinear):
                 return None
             pairs.append(pair)
         held = weight_of(base)
-        turned = isinstance(base, Conv1D) and not isinstance(held, FrozenWeight)
+        turned = isinstance(base, Conv1D) and isinstance(held, Tensor)
         return Projection(held, base.bias, tuple(pairs), turned)
 
     def _pair(self, name: str, place: int) -> Adapter | None:
@@ -118,8 +123,7 @@ class FusedLoraLinear(PeftLinear):
         assert pair is not None
         magnitude = scales.weight
         held = weight_of(base)
-        frozen = isinstance(held, FrozenWeight)
-        transposed = transposed and not frozen
+        transposed = transposed and isinstance(held, Tensor)
         norm = weight_norm(held, pair.A, pair.B, pair.scale, squared=self._squared(base), transposed=transposed)
         if pair.p == 0:
             z = lora_linear(x, Projection(held, None, (pair,), transposed), backend=state.backend)
@@ -128,7 +132,7 @@ class FusedLoraLinear(PeftLinear):
         low = (
             nn.functional.linear(nn.functional.linear(dropped.to(pair.A.dtype), pair.A), pair.B, pair.bias) * pair.scale
         )
-        if isinstance(held, FrozenWeight):
+        if not isinstance(held, Tensor):
             whole = lora_linear(x, Projection(held, base.bias), backend=state.backend)
             part = lora_linear(dropped, Projection(held), backend=state.backend)
         else:
@@ -138,14 +142,21 @@ class FusedLoraLinear(PeftLinear):
 
     def _squared(self, base: nn.Module) -> Tensor | None:
         """‖W‖² of each row of a weight that is codes: made once, as it costs a pass of its own over them."""
-        held = frozen_of(base)
-        if held is None:
+        held = weight_of(base)
+        if isinstance(held, Tensor):
             return None
         kept = state_of(self).extra.get("squared")
         if kept is None or kept[0] is not held:
             kept = (held, squared_norm(held))
             state_of(self).extra["squared"] = kept
         return kept[1]
+
+
+@once_each
+def fused_class(cls: type[Any]) -> type[nn.Module]:
+    """`cls`, a LoRA layer of peft, with the fused forward, under its own name."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (FusedLoraLinear, cls), names)
 
 
 def is_dora(variant: Any) -> bool:
@@ -163,18 +174,21 @@ def rate_of(module: nn.Module) -> float | None:
 
 def why_not(module: nn.Module) -> str | None:
     """Why a LoRA layer of peft can't be fused; None if it can."""
-    if type(module) is not PeftLinear:
+    if type(module) not in (PeftLinear, *lora_classes()):
         return f"peft's {type(module).__name__} has no fused form"
-    base: Any = module.get_base_layer()
-    if original_class(base) not in (nn.Linear, Conv1D):
+    layer: Any = module
+    base = layer.get_base_layer()
+    if original_class(base) not in (nn.Linear, Conv1D, *base_classes()):
         return f"its base layer is a {type(base).__name__}"
+    if is_quantised(base) and (reason := why_not_quantised(base)):
+        return f"its base layer is a {type(base).__name__}: {reason}"
     if base.weight.requires_grad:
         return "its base weight trains"
     if getattr(base, "_hf_tp_plan", None) is not None:
         return "it is tensor-parallel"
-    if not getattr(module, "cast_input_dtype_enabled", True):
+    if not getattr(layer, "cast_input_dtype_enabled", True):
         return "casting of its input is switched off"
-    others = {type(v).__name__ for v in module.lora_variant.values() if not is_dora(v)}
+    others = {type(v).__name__ for v in layer.lora_variant.values() if not is_dora(v)}
     if others:
         return f"peft's variant {', '.join(sorted(others))} has no fused form"
     if any(hooked(m) for m in module.modules() if m is not module):

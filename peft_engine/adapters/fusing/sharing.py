@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.lora_linear import Projection, lora_linears
+from peft_kernels.lora_linear import Projection, lora_linear, lora_linears
 
 from .state import hooked, state_of
 
@@ -69,6 +69,22 @@ class SharedInput:
         outputs = {id(m): y for (m, _), y in zip(ready[1:], others, strict=True)}
         self.held[get_ident()] = _Held(x, _mode(x), outputs) if outputs else _Held()
         return mine
+
+
+class ProjectionForward:
+    """Mixin of a linear without an adapter that has a `plain_projection`: alone, or with its siblings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        module: Any = self
+        group = group_of(module)
+        if group is not None:
+            held = group.take(module, x)
+            if held is not None:
+                return held
+        projection = module.plain_projection()
+        if group is not None:
+            return group.run(module, x, projection)
+        return lora_linear(x, projection, backend=state_of(module).backend)
 
 
 class SharingForward:

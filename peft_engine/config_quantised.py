@@ -1,0 +1,60 @@
+"""What a quantised backbone can't be combined with."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft_engine.config_frozen import PREFERENCE
+from peft_engine.config_methods import BOTTLENECK, PROMPTS
+
+METHODS = ("lora", "adalora", "ia3", "road", "randlora", "head", "layernorm", "trainable-tokens", *BOTTLENECK, *PROMPTS)
+"""Methods whose layers never touch a frozen linear's weight but through its product, or have a form for bitsandbytes'
+linears in peft."""
+
+
+def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(setting, dotted, and what is wrong with it).
+
+    Args:
+        values: all settings, defaults filled in; required ones may be missing.
+    """
+    model, adapter = values.get("model") or {}, values.get("adapter") or {}
+    kind, method = model.get("quantization"), adapter.get("method")
+    if kind in (None, "none"):
+        if model.get("quantization_skip"):
+            yield "model.quantization_skip", "has no effect with quantization none; set that to nf4, or remove this"
+        if model.get("double_quantization") is False:
+            yield "model.double_quantization", "has no effect with quantization none; set that to nf4, or remove this"
+        return
+    if kind == "int8" and model.get("double_quantization") is False:
+        yield "model.double_quantization", "is for nf4 and fp4; int8 has a float32 for each row. Remove it"
+    if model.get("frozen_compute") not in (None, "full"):
+        yield (
+            "model.frozen_compute",
+            f"got {model['frozen_compute']} beside quantization {kind}; they are two formats for the same weights: "
+            "take one of the two (nf4 for memory, int8 here for speed)",
+        )
+    if values.get("task") in PREFERENCE:
+        yield (
+            "model.quantization",
+            f"got {kind}; task {values['task']} trains in the loop of TRL, which this version drives with none only",
+        )
+    if method == "full":
+        yield "model.quantization", f"got {kind}, and adapter.method full trains these weights; write none, or lora"
+    elif method is not None and method not in METHODS:
+        yield (
+            "model.quantization",
+            f"got {kind}, and adapter.method {method} works on the frozen weights themselves; with quantised ones run "
+            f"{', '.join(METHODS)}",
+        )
+    if kind == "int8" and adapter.get("dora"):
+        yield (
+            "adapter.dora",
+            "peft's DoRA loses the scales of int8 weights after the first forward; write nf4, or leave it out",
+        )
+    if adapter.get("bias") not in (None, "none"):
+        yield "adapter.bias", f"got {adapter['bias']}; bitsandbytes' linears give no gradient of a bias. Write none"
+    if str(adapter.get("init")) == "lora-ga":
+        yield (
+            "adapter.init",
+            "lora-ga reads the gradient of weights, which quantised ones have none of; try loftq or eva",
+        )

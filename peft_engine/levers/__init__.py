@@ -1,0 +1,1 @@
+"""Levers that trade time for memory, each a file of its own."""
