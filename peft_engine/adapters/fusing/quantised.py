@@ -5,8 +5,8 @@ int8 is the weight format of LLM.int8() alone: the product is that of the unpack
 
 On CPUs with bf16 units bitsandbytes' own Linear4bit repacks its weight at the first evaluation, with absmax rounded to
 bf16, and computes in bf16 from then on, in training too and without a gradient of its input. `keep_codes` forbids that.
-What it leaves: on a CPU bitsandbytes 0.50 itself unpacks 4 bits wrongly where in_features is even and no multiple of
-the blocksize; fused layers unpack them right.
+What it leaves: with AVX-512 bitsandbytes 0.50 itself unpacks 4 bits wrongly, a fifth of their size off, where
+in_features is a multiple of 16 but not of the blocksize; fused layers unpack them right.
 """
 
 import sys
