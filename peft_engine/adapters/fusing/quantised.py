@@ -128,7 +128,6 @@ class QuantisedForward(ProjectionForward):
 
 def apply(model: nn.Module, backend: Backend, rows: RowSeeds) -> tuple[dict[str, str], dict[str, str]]:
     """Give bitsandbytes' linears their class: name → kind, and name → reason for those that stay as they are."""
-    keep_codes(model)
     kinds: dict[str, str] = {}
     kept: dict[str, str] = {}
     for full_name, module in model.named_modules():
