@@ -124,9 +124,9 @@ def captured(group: Group, places: list[Place], stats: dict[str, Tensor], task: 
         yield Layers(names, [place.weight for place in members], rows(xs[names[0]]), own)
 
 
-def measured(layers: Layers, format: Any, lever: Outliers) -> dict[str, Any]:
-    """Errors of the outputs, by linear, and of their common dx."""
-    held = freeze_siblings(layers.weights, format, smooth=lever.smooth, columns=lever.columns)
+def measured(layers: Layers, format: Any, lever: Outliers, spare: bool) -> dict[str, Any]:
+    """Errors of the outputs, by linear, and of their common dx; `spare`: the largest columns of dy are not rounded."""
+    held = freeze_siblings(layers.weights, format, smooth=lever.smooth, columns=lever.columns, spare_gradients=spare)
     x = layers.x.clone().requires_grad_()
     ys = lora_linears(x, [Projection(one) for one in held], backend="torch")
     truth = layers.x.double()
@@ -206,7 +206,7 @@ def report(
     for format in formats:
         for lever in levers if format != "bf16" else ["none"]:
             what = choose(stats, weights, lever)  # type: ignore[arg-type]
-            found = [measured(one, format, what[one.names[0]]) for one in layers]
+            found = [measured(one, format, what[one.names[0]], lever in ("columns", "both")) for one in layers]
             yield {
                 "format": format,
                 "lever": lever,

@@ -105,8 +105,13 @@ class Run:
         """What a run that goes on had decided about frozen linears; None where it decides now."""
         if self.config.model.frozen_compute == "full" or not self.resume:
             return None
-        begun = processes.from_first(lambda: bool(complete_checkpoints(self.directory.checkpoints)))
-        return processes.from_first(lambda: read_record(self.directory.path / FILE)) if begun else None
+        return processes.from_first(self._read_frozen)
+
+    def _read_frozen(self) -> FrozenRecord | None:
+        checkpoints = complete_checkpoints(self.directory.checkpoints)
+        if not checkpoints:
+            return None
+        return read_record(self.directory.path / FILE, read_state(checkpoints[-1])["run"].get("frozen_digest"))
 
     def _keep_frozen(self) -> None:
         """Write what was decided about frozen linears, so that the run can be resumed and used as it trained."""
@@ -250,6 +255,7 @@ class Run:
             "data_digest": self.splits.digest,
             "weights_digest": self.group.backbone.weights_digest,
             "started_from": self.group.started_from,
+            "frozen_digest": self._frozen_digest(),
             "machine": machine() | {"processes": self.runtime.world},
         }
         with self.timer.phase("save"), storage_errors(self.directory.checkpoints):
@@ -314,6 +320,10 @@ class Run:
             "dropout": f"the adapters' dropout in {len(layers)} layers without a fused form is drawn per process and "
             "micro-batch: another number of either gives another curve; set adapter.dropout to 0 to make them alike"
         }
+
+    def _frozen_digest(self) -> str | None:
+        fused = self.group.fused
+        return None if fused is None or fused.record is None else fused.record.digest()
 
     def _frozen(self) -> dict[str, str]:
         """For run.json: the format of the frozen linears, and how it came about, or that of quantised ones."""
@@ -384,7 +394,11 @@ class Run:
                 "kernels": "off: plain PEFT" if fused is None else fused.why,
             },
             "kernels": None if fused is None else fused.to_json(),
-            "digests": {"data": self.splits.digest, "backbone": self.group.backbone.weights_digest},
+            "digests": {
+                "data": self.splits.digest,
+                "backbone": self.group.backbone.weights_digest,
+                **({"frozen": digest} if (digest := self._frozen_digest()) else {}),
+            },
             "processes": self._processes(),
             "hardware": hardware(),
             "versions": versions(),

@@ -75,7 +75,7 @@ def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Opened:
     backbone = with_new_tokens(task.load(runtime.device), task.processor, config)
     group = load_adapter(backbone, config, folder / "adapter")
     if config.model.frozen_compute != "full":
-        _freeze_as_trained(group, config, read_record(folder / FILE))
+        _freeze_as_trained(group, config, read_record(folder / FILE, _of_run(folder, "digests").get("frozen")))
     return Opened(folder, config, labels, task, runtime, group)
 
 
@@ -207,7 +207,7 @@ def generate(
         raise ConfigError("The prompt is empty.", "Give some text to answer.")
     opened = open_run(path, overrides)
     tokenizer = opened.task.processor
-    templated = not isinstance(opened.task, Seq2Seq) and _learned_conversations(folder)
+    templated = not isinstance(opened.task, Seq2Seq) and _of_run(folder, "data", "conversations")
     if system and not templated:
         raise ConfigError("--system needs a run that learned conversations.", "Put it into the prompt.")
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
@@ -338,11 +338,14 @@ def _check_max_kl(max_kl: float | None, merged: bool) -> None:
         raise ConfigError(f"--max-kl: got {max_kl}, expected a number of nats, 0 or more.", "Write it like 0.1.")
 
 
-def _learned_conversations(folder: Path) -> bool:
-    """What run.json says of the training data. Raises StorageError where it says nothing."""
+def _of_run(folder: Path, *names: str) -> Any:
+    """What run.json says under these names. Raises StorageError where it says nothing."""
     path = folder / "run.json"
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["data"]["conversations"])
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in names:
+            found = found[name]
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"{path} can't be read: {error}.", "Restore it, or run train --resume, which writes it anew."

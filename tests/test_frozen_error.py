@@ -22,7 +22,7 @@ def test_a_layer_that_is_wrong_shows() -> None:
     weights = [torch.randn(n, 32, generator=draw) for n in (24, 16)]
     x = torch.randn(60, 32, generator=draw)
     dys: list[Tensor | None] = [torch.randn(60, 24, generator=draw), None]
-    fine = measured(Layers(["a", "b"], weights, x, dys), "int8", Outliers())
+    fine = measured(Layers(["a", "b"], weights, x, dys), "int8", Outliers(), False)
     for one in (*fine["outputs"].values(), fine["dx"]):
         assert 1e-3 < one["relative"] < 0.02
         assert one["cosine"] > LEAST
@@ -30,14 +30,24 @@ def test_a_layer_that_is_wrong_shows() -> None:
     outlier = x.clone()
     outlier[:, 5] *= 1000
     broken = measured(
-        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys), "int8", Outliers()
+        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys),
+        "int8",
+        Outliers(),
+        False,
     )
     assert below({"layers": [broken]})[:2] == ["a", "b"]
     mended = Outliers(columns=torch.tensor([5]))
     kept = measured(
-        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys), "int8", mended
+        Layers(["a", "b"], [w.index_fill(1, torch.tensor([5]), 0) for w in weights], outlier, dys),
+        "int8",
+        mended,
+        False,
     )
     assert below({"layers": [kept]}) == []
+    wide = [torch.randn(128, 32, generator=draw)]
+    peaks = [torch.randn(60, 128, generator=draw).index_fill(1, torch.tensor([9]), 400)]
+    errors = [measured(Layers(["a"], wide, x, peaks), "int8", Outliers(), spare)["dx"] for spare in (False, True)]
+    assert errors[1]["relative"] < errors[0]["relative"] / 2
 
 
 @pytest.mark.assets

@@ -155,6 +155,7 @@ def pitch(t: Tensor) -> int:
 _P, _N, _T, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "quantise": [_N, _P, _P, _P, _P, _N, _N, _P, _P, _T],
+    "column_absmax": [_P, _N, _N, _N, _P, _T],
     "rescale": [_P, _N, _N, _N, _P, _P, _P, _P, _N, _T],
     "rescale_add": [_P, _N, _N, _N, _P, _P, _P, _N, _T],
     "softmax_block": [_P, _N, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _T],

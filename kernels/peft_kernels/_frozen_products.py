@@ -5,7 +5,11 @@
 
 Siblings that lie in one stack are one product in each direction. In backward their dy_i ⊙ scale_i are quantised as one
 row: they add up in dx, so what counts is the error beside the largest of them, and dx is written once instead of
-several times. 2-D tensors: x (M, K), dy_i (M, N_i).
+several times. With `spare_gradients` the largest columns of the dy_i ⊙ scale_i of this call stay out of the rounding:
+
+    dx += Σ_i dy_i[:, J_i]·W_i[J_i], J_i the N_i / 64 columns j with the largest max|dy_i[:, j]|·scale_i[j]
+
+2-D tensors: x (M, K), dy_i (M, N_i).
 """
 
 from collections.abc import Sequence
@@ -16,6 +20,9 @@ from torch import Tensor
 
 from . import _passes as passes
 from .frozen_weight import FrozenWeight
+
+SPARED = 64
+"""One column of dy in so many stays out of the rounding, where any does."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +147,22 @@ def _back_of_run(
 ) -> Tensor:
     first, widths = weights[0], [one.shape[0] for one in weights]
     whole, scale = _codes_of(weights, list(range(len(weights))))
+    spared = [_largest(dy, one) for dy, one in zip(dys, weights, strict=True)]
+    scales = [_without(one.scale, places) for one, places in zip(weights, spared, strict=True)]
     if _launches(first, triton):
         from . import _frozen_ops as ops
 
         there = [dy for dy in dys if dy is not None]
         rows = [there[0].new_zeros(len(there[0]), n) if dy is None else dy for dy, n in zip(dys, widths, strict=True)]
+        if any(places is not None for places in spared):
+            scale = torch.cat([one for one in scales if one is not None])
         codes, row_scale = ops.quantise_parts(rows, scale, first.codes.dtype)
         term = (None, None, dtype, 0.0, None, 0)
         if low is not None:
             term = (low.d_low, low.A, dtype, low.p, low.seeds, low.salt)  # type: ignore[assignment]
         dx = ops.product_back(codes, row_scale, whole, first.factor, *term)
     else:
-        codes, row_scales = first.units.quantise(dys, widths, [one.scale for one in weights])
+        codes, row_scales = first.units.quantise(dys, widths, scales)
         dx = passes.rescale(first.units.product_back(codes, whole), row_scales, first.factor, None, dtype)
     if first.columns is not None:
         own = [
@@ -160,7 +171,30 @@ def _back_of_run(
             if dy is not None and one.column_weight is not None
         ]
         dx.index_add_(1, first.columns, sum(own[1:], start=own[0]))  # the codes there are zeros; `low` may be in it
+    for dy, one, places in zip(dys, weights, spared, strict=True):
+        if dy is not None and places is not None:
+            dx.addmm_(dy[:, places].to(dtype), _rows(one, places, dtype))
     return dx
+
+
+def _largest(dy: Tensor | None, one: FrozenWeight) -> Tensor | None:
+    """Columns of dy (M, N) that are not rounded, int64 (N // 64,); None where there are none."""
+    count = one.shape[0] // SPARED
+    if dy is None or not one.spare_gradients or one.scale is None or not count or not len(dy):
+        return None
+    return (passes.column_absmax(dy) * one.scale).topk(count).indices
+
+
+def _without(scale: Tensor | None, places: Tensor | None) -> Tensor | None:
+    return scale if scale is None or places is None else scale.index_fill(0, places, 0)
+
+
+def _rows(one: FrozenWeight, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight as its codes stand for them, (len(places), K), with zeros at the full-precision columns."""
+    assert one.scale is not None
+    wide = torch.promote_types(torch.float32, dtype)
+    rows = one.codes[places].to(wide) * one.scale[places].to(wide).unsqueeze(1)
+    return (rows if one.factor is None else rows * one.factor).to(dtype)
 
 
 def _quantise(x: Tensor, one: FrozenWeight, kernels: bool) -> tuple[Tensor, Tensor | None]:

@@ -73,6 +73,15 @@ def _quantise_compiled(
     return codes, scales
 
 
+def column_absmax(part: Tensor) -> Tensor:
+    """max|v| of each column of (M, N), float32 (N,), NaN where a column holds one; M ≥ 1."""
+    if compiled.usable(part):
+        found = torch.empty(part.shape[1])
+        compiled.call("column_absmax", part, compiled.pitch(part), *part.shape, found)
+        return found
+    return part.abs().amax(0).to(torch.float32)
+
+
 def rescale(
     products: Tensor,
     row_scale: Tensor | None,

@@ -9,6 +9,10 @@ Two levers against input channels that are much larger than the others, folded i
     columns     these input channels keep their full precision beside the codes, which are 0 there
                 (Dettmers et al. 2022, LLM.int8(), section 3)
 
+and one against columns of dy that are much larger than the others, chosen anew in every backward:
+
+    spare_gradients   the largest 1/64 of them meet the rows of W that the codes stand for, unrounded
+
 Shapes: W (N, K), N out, K in; scale (N,), smooth (K,), columns (C,), column_weight (N, C).
 """
 
@@ -55,6 +59,8 @@ class FrozenWeight:
         units: what multiplies the codes.
         stack, place: the siblings that this one lies among, and where; None where it stands alone.
         factor: float32 (K,), what x is multiplied by before it is rounded: 1 / smooth, 0 at columns; None is 1.
+        spare_gradients: whether the largest columns of dy are not rounded. With it, and only in backward, what a row
+            is rounded to depends on the other rows of its call, within the error of the format.
     """
 
     format: Format
@@ -68,6 +74,7 @@ class FrozenWeight:
     stack: Stack | None = None
     place: int = 0
     factor: Tensor | None = None
+    spare_gradients: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -114,6 +121,7 @@ def freeze(
     *,
     smooth: Tensor | None = None,
     columns: Tensor | None = None,
+    spare_gradients: bool = False,
     transposed: bool = False,
     units: Units | None = None,
 ) -> FrozenWeight:
@@ -124,12 +132,14 @@ def freeze(
         format: "bf16", "int8" or "fp8".
         smooth: (K,), positive; int8 and fp8 only.
         columns: int64 (C,), input channels that are not rounded; int8 and fp8 only.
+        spare_gradients: whether the largest columns of dy are not rounded either; int8 and fp8 only.
         units: other units than the format's own, for tests.
 
     Raises:
         ValueError: a weight that is not finite, or settings that do not fit it.
     """
-    return freeze_siblings([weight], format, smooth=smooth, columns=columns, transposed=transposed, units=units)[0]
+    settings: dict[str, Any] = {"smooth": smooth, "columns": columns, "spare_gradients": spare_gradients}
+    return freeze_siblings([weight], format, **settings, transposed=transposed, units=units)[0]
 
 
 def freeze_siblings(
@@ -138,11 +148,12 @@ def freeze_siblings(
     *,
     smooth: Tensor | None = None,
     columns: Tensor | None = None,
+    spare_gradients: bool = False,
     transposed: bool = False,
     units: Units | None = None,
 ) -> list[FrozenWeight]:
     """Codes of weights that read one input, in one stack. Arguments as `freeze`; weights (N_i, K)."""
-    _check(weights, format, smooth, columns, transposed)
+    _check(weights, format, smooth, columns, spare_gradients, transposed)
     rows = [weight.detach().t() if transposed else weight.detach() for weight in weights]
     widths, (_, features) = tuple(len(row) for row in rows), rows[0].shape
     device = rows[0].device
@@ -165,7 +176,7 @@ def freeze_siblings(
         found.append(
             FrozenWeight(
                 format, own_codes, own_scale, row.dtype, smooth, columns, kept, units or units_of(format),
-                stack if len(rows) > 1 else None, place, factor,
+                stack if len(rows) > 1 else None, place, factor, spare_gradients,
             )
         )  # fmt: skip
     return found
@@ -187,7 +198,12 @@ def _factor(smooth: Tensor | None, columns: Tensor | None, features: int, device
 
 
 def _check(
-    weights: Sequence[Tensor], format: Format, smooth: Tensor | None, columns: Tensor | None, transposed: bool
+    weights: Sequence[Tensor],
+    format: Format,
+    smooth: Tensor | None,
+    columns: Tensor | None,
+    spare_gradients: bool,
+    transposed: bool,
 ) -> None:
     """Raises one ValueError that names every fault."""
     if format not in get_args(Format):
@@ -204,8 +220,8 @@ def _check(
             faults.append("a weight that requires grad is not frozen")
         if not bool(weight.isfinite().all()):
             faults.append("the weight holds NaN or infinity")
-    if format == "bf16" and (smooth is not None or columns is not None):
-        faults.append("bf16 has no outliers to mend: smooth and columns are for int8 and fp8")
+    if format == "bf16" and (smooth is not None or columns is not None or spare_gradients):
+        faults.append("bf16 has no outliers to mend: smooth, columns and spare_gradients are for int8 and fp8")
     if smooth is not None and (smooth.shape != (features,) or not bool((smooth > 0).all() & smooth.isfinite().all())):
         faults.append(f"smooth must be {features} positive numbers, got {tuple(smooth.shape)}")
     if columns is not None and (

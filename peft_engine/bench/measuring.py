@@ -54,6 +54,7 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     opened_up = _reopened(spec, config, metrics["after"], summary["micro_batch_size"]) if final else {}
     flops, rate = opened_up.pop("flops", None), opened_up.pop("gemm", None)
     usual = (summary["step_seconds_percentiles"] or {}).get("p50")
+    one_format = config.model.frozen_compute == "full"
     info = {
         "status": "success",
         "primary": metrics["primary"],
@@ -83,8 +84,8 @@ def trained(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             )
         },
         "flops_per_step": flops,
-        "mfu": flops / usual / rate["flops_per_second"] if flops and usual and rate else None,
-        "mfu_of": rate and _of(rate),
+        "mfu": flops / usual / rate["flops_per_second"] if flops and usual and rate and one_format else None,
+        "mfu_of": rate and (_of(rate) if one_format else "none: some products of a step run in another format"),
         "gemm": rate,
         "energy_joules": summary["energy"] and summary["energy"]["joules"],
         "energy_method": summary["energy"] and summary["energy"]["method"],

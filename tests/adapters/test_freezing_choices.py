@@ -101,6 +101,8 @@ def test_a_record_does_it_again_without_data(lever: str, tmp_path: Path) -> None
     write_record(report.record, tmp_path / "frozen.safetensors")
     again = fuse(twin, record=read_record(tmp_path / "frozen.safetensors"))
     assert again.frozen == report.frozen
+    spared = {weight.spare_gradients for m in twin.modules() if (weight := frozen_of(m)) is not None}
+    assert spared == {lever in ("columns", "both")}
     assert again.kept_full == report.kept_full
     got, want = step(twin, batch), step(model, batch)
     assert torch.equal(got.logits, want.logits)

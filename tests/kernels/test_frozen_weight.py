@@ -115,6 +115,7 @@ def test_refusals() -> None:
         ({"columns": torch.tensor([6], device=DEVICE)}, "different int64 indices below 6"),
         ({"columns": torch.tensor([1, 1], device=DEVICE)}, "different int64 indices below 6"),
         ({"format": "bf16", "columns": torch.tensor([1], device=DEVICE)}, "bf16 has no outliers"),
+        ({"format": "bf16", "spare_gradients": True}, "bf16 has no outliers"),
     ):
         with pytest.raises(ValueError, match=told):
             freeze(**({"weight": weight, "format": "int8"} | settings))

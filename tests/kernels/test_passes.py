@@ -86,6 +86,16 @@ def test_an_expanded_part_is_read_as_it_lies() -> None:
     assert torch.equal(scale, want[1])
 
 
+@pytest.mark.parametrize("features", [*FEATURES, 256, 257, 1000])
+@pytest.mark.parametrize("rows", ROWS)
+def test_column_absmax_has_the_bits_of_plain_torch(rows: int, features: int) -> None:
+    x = random(rows, features + 3)[:, 1 : features + 1] * torch.logspace(-20, 20, features)
+    assert torch.equal(passes.column_absmax(x), x.abs().amax(0))
+    x[0, 0], x[-1, features // 2] = -math.inf, math.nan
+    torch.testing.assert_close(passes.column_absmax(x), x.abs().amax(0), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(passes.column_absmax(x.double()[:, 1:]).isnan(), x[:, 1:].isnan().any(0))
+
+
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("scaled", [True, False])

@@ -12,7 +12,7 @@ from tiny import assemble, class_rows, config, pair_rows, write_rows
 from tiny_seq2seq import SEQ2SEQ, copy_rows, make_seq2seq
 
 from peft_engine.adapters.fusing.frozen_linear import frozen_of
-from peft_engine.adapters.fusing.frozen_record import FILE, read_record
+from peft_engine.adapters.fusing.frozen_record import FILE, read_record, write_record
 from peft_engine.config import Config
 from peft_engine.errors import ConfigError, StorageError
 from peft_engine.generation import matched
@@ -110,6 +110,33 @@ def test_what_was_decided_must_be_there(tiny_model, tmp_path, monkeypatch) -> No
     with pytest.raises(StorageError, match="is missing: it says which weights were rounded"):
         open_run(tmp_path / "run")
     open_run(tmp_path / "run", ("model.frozen_compute=full",))
+
+
+def test_what_was_decided_is_this_runs(tiny_model, tmp_path, monkeypatch) -> None:
+    """A file of another run, or one with a number changed, is told from the run's own, on resume and in use."""
+    given = settings(tiny_model, tmp_path)
+    with monkeypatch.context() as patched:
+        crash_at(patched, 5)
+        with pytest.raises(Crash):
+            train(given)
+    own = tmp_path / "run" / FILE
+    record = own.read_bytes()
+    other = read_record(own)
+    name = next(iter(other.outliers))
+    assert other.digest() == read_record(own).digest()
+    other.outliers[name].smooth[0] *= 1.01
+    write_record(other, own)
+    with pytest.raises(StorageError, match="is not what this run wrote: it was changed, or is another run's"):
+        train(given, resume=True)
+    own.write_bytes(record)
+    summary = train(given, resume=True)
+    assert summary["digests"]["frozen"] == read_record(own, summary["digests"]["frozen"]).digest()
+    open_run(tmp_path / "run")
+    less = read_record(own)
+    less.frozen.remove(less.frozen[-1])
+    write_record(less, own)
+    with pytest.raises(StorageError, match="is not what this run wrote"):
+        open_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("init", ["pissa", "eva", "lora-ga", "olora"])

@@ -45,6 +45,24 @@ API void quantise(int64_t parts, const float* const* x, const int64_t* strides, 
   }
 }
 
+// found[j] = max over rows of |x[i][j]|, NaN above infinity: in blocks of columns that stay in the nearest cache.
+API void column_absmax(const float* x, int64_t stride, int64_t rows, int64_t n, float* found, int threads) {
+  constexpr int64_t BLOCK = 256;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t first = 0; first < n; first += BLOCK) {
+    const int64_t width = n - first < BLOCK ? n - first : BLOCK;
+    int32_t top[BLOCK] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = x + i * stride + first;
+      for (int64_t k = 0; k < width; ++k) {
+        const int32_t b = bits(row[k]) & 0x7fffffff;
+        top[k] = b > top[k] ? b : top[k];
+      }
+    }
+    for (int64_t k = 0; k < width; ++k) found[first + k] = as_float(top[k]);
+  }
+}
+
 // y = products·row_scale ⊙ column_scale + bias, each of the last two where given.
 API void rescale(const int32_t* products, int64_t products_stride, int64_t rows, int64_t n, const float* row_scale,
                  const float* column_scale, const float* bias, float* y, int64_t y_stride, int threads) {

@@ -330,7 +330,11 @@ def apply(model: nn.Module, record: FrozenRecord, backend: Backend, rows: RowSee
         one = record.outliers.get(group[0].name, Outliers())
         with torch.no_grad():
             frozen = freeze_siblings(
-                [place.weight for place in group], record.format, smooth=one.smooth, columns=one.columns
+                [place.weight for place in group],
+                record.format,
+                smooth=one.smooth,
+                columns=one.columns,
+                spare_gradients=record.lever in ("columns", "both"),
             )
         for place, weight in zip(group, frozen, strict=True):
             module, cls = place.module, original_class(place.module)

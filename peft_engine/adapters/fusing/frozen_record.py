@@ -3,6 +3,7 @@
 One safetensors file: the decisions as JSON in its metadata, the vectors against outliers as tensors.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,25 +55,34 @@ class FrozenRecord:
         """All but the vectors."""
         return {name: value for name, value in vars(self).items() if name != "outliers"}
 
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """What its layers do about outliers, by "layer:kind", on the CPU."""
+        pairs = {f"{name}:{kind}": v for name, one in self.outliers.items() for kind, v in vars(one).items()}
+        return {key: v.detach().cpu().clone() for key, v in pairs.items() if v is not None}
+
+    def digest(self) -> str:
+        """sha256 of everything in it: run.json and checkpoints hold it, so that another run's file is told."""
+        found = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode())
+        for key, vector in sorted(self.vectors().items()):
+            found.update(f"{key} {vector.dtype} ".encode() + vector.numpy().tobytes())
+        return found.hexdigest()
+
 
 def write_record(record: FrozenRecord, path: Path) -> None:
     """Write the file; a reader never sees half of it."""
-    tensors = {}
-    for name, one in record.outliers.items():
-        for kind in ("smooth", "columns"):
-            vector = getattr(one, kind)
-            if vector is not None:
-                tensors[f"{name}:{kind}"] = vector.detach().cpu().clone()
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, {"schema": SCHEMA, "decisions": json.dumps(record.to_json())})
+    save_file(record.vectors(), part, {"schema": SCHEMA, "decisions": json.dumps(record.to_json())})
     part.replace(path)
 
 
-def read_record(path: Path) -> FrozenRecord:
+def read_record(path: Path, digest: str | None = None) -> FrozenRecord:
     """Read the file.
 
+    Args:
+        digest: what `FrozenRecord.digest` must be; None takes any.
+
     Raises:
-        StorageError: it is missing, damaged, or of another kind.
+        StorageError: it is missing, damaged, of another kind, or of another run.
     """
     fix = (
         "Restore it from where the run was made; with --set model.frozen_compute=full the model's own weights are used."
@@ -93,4 +103,6 @@ def read_record(path: Path) -> FrozenRecord:
         name, _, kind = key.rpartition(":")
         vectors.setdefault(name, {})[kind] = tensor
     record.outliers = {name: Outliers(**found) for name, found in vectors.items()}
+    if digest is not None and record.digest() != digest:
+        raise StorageError(f"{path} is not what this run wrote: it was changed, or is another run's.", fix)
     return record

@@ -7,7 +7,8 @@ levers, alone or together, chosen once per layer from the largest size of each c
                Xiao et al. 2022, eq. 4). The channels that trouble x become columns of W, each row of which has a
                scale of its own.
     columns    channels above 6 times the median one stay in full precision (the idea of LLM.int8(), Dettmers et al.
-               2022, section 3.2, with a threshold that moves with the layer's own scale).
+               2022, section 3.2, with a threshold that moves with the layer's own scale). In backward the largest
+               1/64 of the columns of dy do too, which each call chooses for itself (`FrozenWeight.spare_gradients`).
 """
 
 import weakref
