@@ -115,6 +115,7 @@ def worker(side: str, args: argparse.Namespace) -> None:
     import torch
 
     from peft_engine.meters.memory import LiveBytes
+    from peft_kernels._quantised_products import release
 
     model, batch = build(side, args)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -137,6 +138,7 @@ def worker(side: str, args: argparse.Namespace) -> None:
             answer["loss"] = step()
             answer["seconds"] = time.perf_counter() - start
         elif line.strip() == "bytes":
+            release()  # else the scratch buffer of quantised weights would be there before the count begins
             states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
             with LiveBytes([*model.parameters(), *model.buffers(), *states]) as meter:
                 step()

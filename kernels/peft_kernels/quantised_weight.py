@@ -6,7 +6,7 @@
 
 Every product and every sum is rounded to float32, left to right as it stands here, and the result once more to the
 dtype that is asked for. These are the bits of bitsandbytes' own functions (0.50), with one exception that a test names:
-its CPU kernel takes the wrong absmax where K is no multiple of the blocksize.
+its AVX-512 kernel takes the wrong absmax where K is a multiple of 16 but not of the blocksize.
 
 Shapes: W (N, K), N out, K in. i counts its numbers row by row; a byte holds two codes, the first in its upper half.
 """

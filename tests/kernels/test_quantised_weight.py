@@ -81,9 +81,13 @@ def test_every_number_is_the_nearest_of_its_block(shape, kind) -> None:
             assert abs(value - got[start + place]) <= nearest + 1e-6 * top
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a fault of bitsandbytes' CPU kernel")
+@pytest.mark.skipif(
+    DEVICE == "cuda" or "AVX512" not in torch.backends.cpu.get_cpu_capability(),
+    reason="a fault of bitsandbytes' AVX-512 kernel",
+)
 def test_their_cpu_kernel() -> None:
-    """bitsandbytes 0.50 on a CPU counts K // blocksize blocks a row: wrong where a block goes on in the next row.
+    """bitsandbytes 0.50 counts K // blocksize blocks a row where K is a multiple of 16: wrong where a block goes on in
+    the next row.
 
     Should this test fail, theirs is mended, and `theirs` in quantised.py may call it.
     """

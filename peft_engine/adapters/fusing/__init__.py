@@ -160,12 +160,13 @@ def fuse(
         )
     if record is None:
         _refuse_settings(frozen_compute, frozen_outliers, frozen_error_bound, frozen_head)
-    unfuse(model)
     if (record is not None or frozen_compute != "full") and any(map(quantised.is_quantised, model.modules())):
         raise ConfigError(
             "fuse: linears of the model are quantised by bitsandbytes, so they can't be frozen in another format.",
             "Give frozen_compute full (model.frozen_compute), or load the model without quantization.",
         )
+    quantised.keep_codes(model)
+    unfuse(model)
     report = FuseReport()
     report.backend, report.why = _choose(model, backend)
     chosen: Backend = "triton" if report.backend == "triton" else "torch"

@@ -5,8 +5,8 @@ int8 is the weight format of LLM.int8() alone: the product is that of the unpack
 
 On CPUs with bf16 units bitsandbytes' own Linear4bit repacks its weight at the first evaluation, with absmax rounded to
 bf16, and computes in bf16 from then on, in training too and without a gradient of its input. `keep_codes` forbids that.
-What it leaves: on a CPU bitsandbytes 0.50 itself unpacks 4 bits wrongly where in_features is even and no multiple of
-the blocksize; fused layers unpack them right.
+What it leaves: with AVX-512 bitsandbytes 0.50 itself unpacks 4 bits wrongly, a fifth of their size off, where
+in_features is a multiple of 16 but not of the blocksize; fused layers unpack them right.
 """
 
 import sys
@@ -128,7 +128,6 @@ class QuantisedForward(ProjectionForward):
 
 def apply(model: nn.Module, backend: Backend, rows: RowSeeds) -> tuple[dict[str, str], dict[str, str]]:
     """Give bitsandbytes' linears their class: name → kind, and name → reason for those that stay as they are."""
-    keep_codes(model)
     kinds: dict[str, str] = {}
     kept: dict[str, str] = {}
     for full_name, module in model.named_modules():
