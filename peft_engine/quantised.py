@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import Config, ModelConfig
 from .errors import ConfigError
+from .int8_linear import unround
 from .runtime import training_dtype
+from .stored_checkpoint import keep_new, refuse_with_stored
 
 OWN = ("nf4", "fp4", "int8")
 """Kinds of bitsandbytes, which the engine can make and read."""
@@ -97,6 +99,9 @@ def load_settings_of(
     where = {"device_map": {"": "cpu" if settings.offload == "layers" else str(device)}}
     if stored is not None:
         _refuse_contradiction(settings, stored)
+        refuse_with_stored(config, stored)
+        if stored in OWN:
+            keep_new(auto_class, model_config, settings, may_be_new)
         return where
     try:
         import bitsandbytes  # noqa: F401 (transformers needs it)
@@ -197,7 +202,7 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
 
     On CPUs with AVX512-BF16 its 4-bit linear packs its weight anew at the first evaluation without gradients, with the
     absmax rounded to bfloat16, and computes in bfloat16 from then on: other weights than those trained on, in a layout
-    that nothing else reads.
+    that nothing else reads. Its 8-bit linear rounds x, see `int8_linear`.
 
     Raises:
         ConfigError: weights are stored in blocks that its CPU kernels misread.
@@ -205,6 +210,7 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
     model.__dict__.pop("hf_device_map", None)  # one device: peft and save_pretrained take "cpu" in it for offloading
     for name, linear in quantised_linears(model).items():
         if kind_of(linear) == "int8":
+            unround(linear)
             continue
         linear.compute_dtype, linear.compute_type_is_set = dtype, True
         linear.support_avx512bf16_for_cpu = False

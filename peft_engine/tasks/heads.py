@@ -48,3 +48,12 @@ def output_names(model: PreTrainedModel) -> list[str]:
     """Full names of the module that makes a language model's logits."""
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if module is output]
+
+
+def with_outputs(outputs: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """`from_pretrained`'s settings for so many outputs: in the config, where one is given."""
+    given = settings.get("config")
+    if given is None:
+        return {**settings, "num_labels": outputs}
+    given.num_labels = outputs
+    return settings
