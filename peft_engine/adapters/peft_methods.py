@@ -161,6 +161,8 @@ def _refuse_without_layer(backbone: Backbone, method: str, settings: PeftConfig,
         return
     asked: Any = deepcopy(settings)
     asked.target_modules, asked.modules_to_save = {"linear"}, None
+    if hasattr(asked, "fan_in_fan_out"):
+        asked.fan_in_fan_out = True
     own = nn.ModuleDict({"linear": Conv1D(modules[name].out_features, modules[name].in_features)})
     try:
         inject_adapter_in_model(asked, own)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comparing import changed
+from safetensors.torch import load_file
 from tiny import assemble
 from transformers import (
     AutoModel,
@@ -33,16 +34,25 @@ def wide(tmp_path_factory):
     return maker(tmp_path_factory.mktemp("wide"), pytest.MonkeyPatch())
 
 
-def store(source: Path, folder: Path, kind: str, auto: Any = AutoModelForCausalLM) -> Path:
+def store(
+    source: Path,
+    folder: Path,
+    kind: str,
+    auto: Any = AutoModelForCausalLM,
+    skipped: list[str] | None = None,
+    **how: Any,
+) -> Path:
     """What transformers writes of a model that it has quantised."""
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    rounded = BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else four))
-    auto.from_pretrained(source, quantization_config=rounded, device_map={"": "cpu"}).save_pretrained(folder)
+    own: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else four
+    rounded = BitsAndBytesConfig(**own, llm_int8_skip_modules=skipped)
+    model = auto.from_pretrained(source, quantization_config=rounded, device_map={"": "cpu"})
+    model.save_pretrained(folder, **how)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 
 
-def plain(model: Path, folder: Path, task: str = "causal-lm", **more: Any) -> Any:
+def plain(model: Path, folder: Path, task: str = "causal-lm", /, **more: Any) -> Any:
     return settings(model, folder, task, **{"model": {"quantization": "none"}, **more})
 
 
@@ -105,19 +115,26 @@ def test_a_new_head_on_a_stored_encoder_is_not_quantised(kind, pooling, wide, tm
     given = plain(folder, tmp_path, CLASSES, model={"quantization": "none", "pooling": pooling})
     summary = train(given)
     told = summary["decisions"]["quantization"]
-    assert told.startswith(f"{kind}: as the checkpoint stores it; 13 linears")
+    linears = 13 if pooling == "model" else 12  # without its pooler
+    assert told.startswith(f"{kind}: as the checkpoint stores it; {linears} linears")
+    assert told.endswith("1 linears as they are (classifier)")
     assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
     assert export(tmp_path / "run")[1].relative < 1e-3
     assert (export(tmp_path / "run", merged=True)[0] / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("skipped", [None, []])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_head_that_is_stored_quantised_is_taken_as_it_is(kind, wide, tmp_path) -> None:
-    folder = store(wide("bert"), tmp_path / "stored", kind, AutoModelForSequenceClassification)
+def test_a_head_that_is_stored_is_taken_as_it_is(kind, skipped, wide, tmp_path) -> None:
+    """transformers leaves the last linear alone unless it is told not to."""
+    folder = store(wide("bert"), tmp_path / "stored", kind, AutoModelForSequenceClassification, skipped)
     given = plain(folder, tmp_path, CLASSES, model={"quantization": "none", "pooling": "model"})
     backbone = assemble(given).group.backbone
     assert backbone.new_modules == []
-    assert kind_of(backbone.model.get_submodule("classifier").base_layer) == kind
+    head = backbone.model.get_submodule("classifier")
+    assert kind_of(head) == (None if skipped is None else kind)
+    stored = load_file(folder / "model.safetensors")["classifier.weight"]
+    assert torch.equal(head.weight.data, stored)
 
 
 @pytest.mark.parametrize("method", ["road", "boft"])
@@ -141,8 +158,7 @@ def test_what_a_conv1d_can_take_its_codes_can(kind, method, wide, tmp_path) -> N
 
 def test_names_of_what_is_stored_are_read_from_parts_too(wide, tmp_path) -> None:
     whole = store(wide("llama"), tmp_path / "whole", "nf4")
-    model: Any = AutoModelForCausalLM.from_pretrained(whole)
-    model.save_pretrained(tmp_path / "parts", max_shard_size="30KB")
+    store(wide("llama"), tmp_path / "parts", "nf4", max_shard_size="30KB")
     found = _quantised_names(SimpleNamespace(path=str(tmp_path / "parts"), revision=None))  # type: ignore[arg-type]
     assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
     assert found == _quantised_names(SimpleNamespace(path=str(whole), revision=None))  # type: ignore[arg-type]
