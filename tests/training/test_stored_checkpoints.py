@@ -20,7 +20,7 @@ from wide_models import maker, settings
 
 from peft_engine.backbone import load_settings
 from peft_engine.errors import ConfigError
-from peft_engine.quantised import kind_of, load_settings_of
+from peft_engine.quantised import load_settings_of
 from peft_engine.run import train
 from peft_engine.stored_checkpoint import _quantised_names
 from peft_engine.using import evaluate, export
@@ -123,18 +123,21 @@ def test_a_new_head_on_a_stored_encoder_is_not_quantised(kind, pooling, wide, tm
     assert (export(tmp_path / "run", merged=True)[0] / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("skipped", [None, []])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_head_that_is_stored_is_taken_as_it_is(kind, skipped, wide, tmp_path) -> None:
-    """transformers leaves the last linear alone unless it is told not to."""
-    folder = store(wide("bert"), tmp_path / "stored", kind, AutoModelForSequenceClassification, skipped)
-    given = plain(folder, tmp_path, CLASSES, model={"quantization": "none", "pooling": "model"})
-    backbone = assemble(given).group.backbone
+def test_a_head_that_is_stored_is_trained_or_refused(kind, wide, tmp_path) -> None:
+    """transformers quantises all that is in the checkpoint and not in its list."""
+    whole = tmp_path / "whole"
+    AutoModelForSequenceClassification.from_pretrained(wide("bert")).save_pretrained(whole)
+    AutoTokenizer.from_pretrained(wide("bert")).save_pretrained(whole)
+    more = {"model": {"quantization": "none", "pooling": "model"}}
+    folder = store(whole, tmp_path / "plain", kind, AutoModelForSequenceClassification, ["classifier"])
+    backbone = assemble(plain(folder, tmp_path, CLASSES, **more)).group.backbone
     assert backbone.new_modules == []
-    head = backbone.model.get_submodule("classifier")
-    assert kind_of(head) == (None if skipped is None else kind)
-    stored = load_file(folder / "model.safetensors")["classifier.weight"]
-    assert torch.equal(head.weight.data, stored)
+    head = backbone.model.get_submodule("classifier").original_module
+    assert torch.equal(head.weight, load_file(whole / "model.safetensors")["classifier.weight"])
+    folder = store(whole, tmp_path / "rounded", kind, AutoModelForSequenceClassification, [])
+    with pytest.raises(ConfigError, match=f"stores classifier in {kind}, and the head is trained"):
+        assemble(plain(folder, tmp_path, CLASSES, **more))
 
 
 @pytest.mark.parametrize("method", ["road", "boft"])
