@@ -61,4 +61,5 @@ def is_unrounded(cls: type[nn.Module]) -> bool:
 def unround(linear: nn.Module) -> None:
     """Let a Linear8bitLt multiply x as it is. In place; the class keeps its name."""
     if not isinstance(linear, Unrounded):
-        linear.__class__ = _subclass(type(linear))
+        cls: Any = type(linear)
+        linear.__class__ = _subclass(cls)
