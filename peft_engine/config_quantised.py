@@ -6,7 +6,20 @@ from typing import Any
 from peft_engine.config_frozen import PREFERENCE
 from peft_engine.config_methods import BOTTLENECK, PROMPTS
 
-METHODS = ("lora", "adalora", "ia3", "road", "randlora", "head", "layernorm", "trainable-tokens", *BOTTLENECK, *PROMPTS)
+METHODS = (
+    "lora",
+    "adalora",
+    "ia3",
+    "road",
+    "randlora",
+    "vera",
+    "fourierft",
+    "head",
+    "layernorm",
+    "trainable-tokens",
+    *BOTTLENECK,
+    *PROMPTS,
+)
 """Methods whose layers never touch a frozen linear's weight but through its product, or have a form for bitsandbytes'
 linears in peft."""
 
@@ -43,7 +56,7 @@ def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif method is not None and method not in METHODS:
         yield (
             "model.quantization",
-            f"got {kind}, and adapter.method {method} works on the frozen weights themselves; with quantised ones run "
+            f"got {kind}, and adapter.method {method} is not among those proved on quantised weights: "
             f"{', '.join(METHODS)}",
         )
     if kind == "int8" and adapter.get("dora"):
@@ -52,7 +65,7 @@ def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "peft's DoRA loses the scales of int8 weights after the first forward; write nf4, or leave it out",
         )
     if adapter.get("bias") not in (None, "none"):
-        yield "adapter.bias", f"got {adapter['bias']}; bitsandbytes' linears give no gradient of a bias. Write none"
+        yield "adapter.bias", f"got {adapter['bias']}; training biases over quantised weights is not proved. Write none"
     if str(adapter.get("init")) == "lora-ga":
         yield (
             "adapter.init",

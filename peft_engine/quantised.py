@@ -96,7 +96,7 @@ def load_settings_of(
         return {}
     where = {"device_map": {"": "cpu" if settings.offload == "layers" else str(device)}}
     if stored is not None:
-        _refuse_contradiction(settings, stored)
+        _refuse_contradiction(settings, stored, model_config)
         return where
     try:
         import bitsandbytes  # noqa: F401 (transformers needs it)
@@ -122,13 +122,25 @@ def load_settings_of(
     }
 
 
-def _refuse_contradiction(settings: ModelConfig, stored: str) -> None:
+def _refuse_contradiction(settings: ModelConfig, stored: str, model_config: Any) -> None:
     if settings.quantization not in ("none", stored):
         raise ConfigError(
             f"model.quantization: got {settings.quantization}, and the checkpoint {settings.path} is stored in "
             f"{stored} already.",
             "Set model.quantization: none to take it as it is stored, or give the model in full precision.",
         )
+    found = model_config.quantization_config
+    nested = (found if isinstance(found, dict) else found.to_dict()).get("bnb_4bit_use_double_quant", False)
+    for name, differs in (
+        ("double_quantization", stored in ("nf4", "fp4") and nested and not settings.double_quantization),
+        ("quantization_skip", bool(settings.quantization_skip)),
+    ):
+        if settings.quantization != "none" and differs:
+            raise ConfigError(
+                f"model.{name}: got {getattr(settings, name)}, and the checkpoint {settings.path} is stored in another "
+                f"{stored}.",
+                "Set model.quantization: none, and leave this out, to take it as it is stored.",
+            )
     if settings.offload == "layers" and stored not in ("nf4", "fp4"):
         raise ConfigError(
             f"model.offload: got layers, and the checkpoint {settings.path} is stored in {stored}; of quantised layers "
@@ -181,9 +193,14 @@ def names_to_keep(
     ]
     if len(kept) == len(linears):
         raise ConfigError(
-            f"model.quantization: none of the {len(linears)} linears of {type(skeleton).__name__} can be quantised: "
-            "heads stay as they are, and nf4 and fp4 need a width in multiples of 64.",
-            "Set model.quantization: none.",
+            f"model.quantization: none of the {len(linears)} linears of {type(skeleton).__name__} is left to quantise: "
+            "heads stay as they are, nf4 and fp4 need a width in multiples of 64"
+            + (
+                f", and quantization_skip {settings.quantization_skip} keeps others."
+                if settings.quantization_skip
+                else "."
+            ),
+            "Set model.quantization: none" + (", or skip less." if settings.quantization_skip else "."),
         )
     return [re.escape(name) for name in kept]
 
@@ -391,7 +408,7 @@ def told(model: PreTrainedModel, settings: ModelConfig, dtype: torch.dtype) -> s
     if quantizer is None:
         return None
     linears = quantised_linears(model)
-    how = "asked for" if settings.quantization != "none" else "as the checkpoint stores it"
+    how = "as the checkpoint stores it" if getattr(quantizer, "pre_quantized", True) else "asked for"
     if not linears:
         return (
             f"{stored_kind(model.config)}: {how}; trained by peft's own layers, nothing of it fused; "
