@@ -184,6 +184,9 @@ def _new_tokens(values: Tree) -> Iterator[Fault]:
         yield Fault(path, f"got {', '.join(twice)} more than once")
     if tokens and method not in ("lora", "full"):
         yield Fault(path, f"{method} would not train their rows; use adapter.method lora or full")
+    options = lookup(values, "adapter.options") or {}
+    if method == "trainable-tokens" and not options.get("token_indices"):
+        yield Fault(("adapter", "options"), "trainable-tokens trains rows of tokens: add token_indices: [their ids]")
     if tokens and "trainable_token_indices" in (lookup(values, "adapter.options") or {}):
         yield Fault(path, "sets adapter.options.trainable_token_indices itself; remove one of the two")
 

@@ -8,7 +8,20 @@ from peft_engine.config_methods import BOTTLENECK, PROMPTS
 
 KINDS = ("nf4", "fp4", "int8")
 """Formats of bitsandbytes."""
-METHODS = ("lora", "adalora", "ia3", "road", "randlora", "head", "layernorm", "trainable-tokens", *BOTTLENECK, *PROMPTS)
+METHODS = (
+    "lora",
+    "adalora",
+    "ia3",
+    "road",
+    "randlora",
+    "vera",
+    "fourierft",
+    "head",
+    "layernorm",
+    "trainable-tokens",
+    *BOTTLENECK,
+    *PROMPTS,
+)
 """Methods whose layers never touch a frozen linear's weight but through its product, or have a form for bitsandbytes'
 linears in peft."""
 
@@ -53,8 +66,7 @@ def quantised_faults(values: Mapping[str, Any], stored: str | None = None) -> It
     if method is not None and method not in ("full", *METHODS):
         yield (
             place,
-            f"{got}, and adapter.method {method} works on the frozen weights themselves; with quantised ones run "
-            f"{', '.join(METHODS)}",
+            f"{got}, and adapter.method {method} is not among those proved on quantised weights: {', '.join(METHODS)}",
         )
     if kind == "int8" and adapter.get("dora"):
         yield (
@@ -62,7 +74,7 @@ def quantised_faults(values: Mapping[str, Any], stored: str | None = None) -> It
             "peft's DoRA loses the scales of int8 weights after the first forward; leave it out, or take nf4",
         )
     if adapter.get("bias") not in (None, "none"):
-        yield "adapter.bias", f"got {adapter['bias']}; bitsandbytes' linears give no gradient of a bias. Write none"
+        yield "adapter.bias", f"got {adapter['bias']}; training biases over quantised weights is not proved. Write none"
     if str(adapter.get("init")) == "lora-ga":
         yield (
             "adapter.init",

@@ -69,14 +69,18 @@ class HeldOut:
             )
         return f"{found} on {where}" + (f", because {self.note}" if self.note else "")
 
-    def refuse(self) -> None:
-        """Raise VerificationError beyond a bound, or where a figure is not a number."""
+    def within(self) -> bool:
+        """Whether all figures are numbers within their bounds."""
         values = asdict(self)
-        if not all(_within(name, values[name], bound) for name, bound in self.bounds.items()):
+        return all(_within(name, values[name], bound) for name, bound in self.bounds.items())
+
+    def refuse(self, what: str = "merged model") -> None:
+        """Raise VerificationError beyond a bound, or where a figure is not a number."""
+        if not self.within():
             raise VerificationError(
-                f"The merged model is not what was trained: {self.told()}.",
+                f"The {what} is not what was trained: {self.told()}.",
                 "Use the adapter with this engine, on the weights that it was trained on, train it with "
-                "model.frozen_compute: full (and quantization: none), or allow more with --max-kl.",
+                "model.frozen_compute: full (and quantization: none), or allow a merged model more with --max-kl.",
             )
 
 

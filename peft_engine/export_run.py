@@ -12,10 +12,11 @@ from .adapters.files import read_adapter
 from .adapters.lora import moves_weights
 from .backbone import load_settings
 from .config import Config
+from .config_reading import load_config
 from .data.encoding import EncodedSet, cache_folder
 from .data.loading import encode_split, load_splits, without_looking
 from .drift import MAX_KL, Drift, HeldOut, compare, held_out
-from .errors import ConfigError, EngineError, VerificationError
+from .errors import ConfigError, DataError, EngineError
 from .exporting import compare_on_probe, export_merged, verify_adapter
 from .gguf_files import ADAPTER, MODEL, refuse_without_gguf, why_no_adapter, write_adapter, write_model
 from .opening import Opened, open_run
@@ -75,6 +76,7 @@ def export(
     """
     found, config = find_run(path, overrides)
     whole = merged or gguf
+    _refuse_other_weights(found, config)
     if merged and gguf:
         raise ConfigError("--merged and --gguf: one folder holds one form.", "Export twice.")
     _check_max_kl(max_kl, whole)
@@ -87,10 +89,50 @@ def export(
         return folder, _export_whole(path, overrides, folder, max_kl, gguf)
     opened = open_run(path, (*overrides, *_as_adapter(config)))
     drift = verify_adapter(opened.group, opened.config, opened.task, found / "adapter")
+    if _start_left_a_rest(config):
+        apart = _hold_adapter_against_trained(path, overrides, opened)
+        apart.refuse("adapter on the model's own weights")
+        drift = replace(drift, held_out=apart)
     if target:
         with storage_errors(folder):
             shutil.copytree(found / "adapter", folder, dirs_exist_ok=True)
     return folder, drift
+
+
+def _refuse_other_weights(folder: Path, asked: Config) -> None:
+    """What is exported is held against the run as it was trained: on other weights that would be another run."""
+    own = load_config(folder / "config.yaml")
+    for name in ("quantization", "frozen_compute"):
+        was, now = getattr(own.model, name), getattr(asked.model, name)
+        if was != now:
+            raise ConfigError(
+                f"export: got model.{name}={now}, and what comes out is held against the run as trained, with {was}.",
+                "Leave it out: a merged model is tried on the model's own weights anyway.",
+            )
+
+
+def _start_left_a_rest(config: Config) -> bool:
+    """Whether a part of the weights went into the adapter before the rest was rounded: on the model's own weights, for
+    which the file is, the rounding of that rest is missing."""
+    rounded = config.model.quantization != "none" or config.model.frozen_compute != "full"
+    return rounded and config.adapter.method == "lora" and moves_weights(config.adapter.init)
+
+
+def _hold_adapter_against_trained(path: str | Path, overrides: tuple[str, ...], plain: Opened) -> HeldOut:
+    """The adapter on the model's own weights, on the run's rows."""
+    opened = open_run(path, overrides)
+    try:
+        split, data = _held_out_rows(opened.config, opened.task)
+    except EngineError as error:
+        raise _unreadable(error) from error
+    size = opened.config.evaluation.batch_size or opened.config.training.batch_size
+    with plain.group.evaluating(plain.group.members[0]) as own, opened.group.evaluating(opened.group.members[0]) as one:
+        return compare(one, own, opened.task, data, split, size, opened.runtime, MAX_KL)
+
+
+def _unreadable(error: EngineError) -> DataError:
+    said = f"export: what comes out is held against what was trained, on the run's rows: {error.problem}"
+    return DataError(said, "Restore the data.")
 
 
 def _as_adapter(config: Config) -> tuple[str, ...]:
@@ -123,7 +165,7 @@ def _export_whole(
             if gguf:
                 result = part / "gguf"
                 result.mkdir()
-                record["gguf"] = _write_gguf(path, overrides, best.folder, result)
+                record["gguf"] = _write_gguf(path, overrides, best.folder, result, _why_no_base(tried))
             write_whole(result / MERGE, json.dumps(record, indent=2, allow_nan=False) + "\n")
             if inside:
                 for one in result.iterdir():
@@ -138,12 +180,23 @@ def _export_whole(
     return replace(best.drift, held_out=best.apart, base=best.base, bases=others)
 
 
-def _write_gguf(path: str | Path, overrides: tuple[str, ...], merged: Path, target: Path) -> dict[str, Any]:
-    """model.gguf, and adapter.gguf where the adapter has a form there; what merge.json says."""
+def _why_no_base(tried: list[Candidate]) -> str | None:
+    """Why nobody has a GGUF file of the base that the adapter is for; None where the model's own weights are near."""
+    own = next((one for one in tried if one.base == "full precision"), None)
+    if own is None:
+        return "it is for weights that the checkpoint stores quantised, which llama.cpp can't read"
+    assert own.apart is not None
+    return None if own.apart.within() else f"on the model's own weights it is not what was trained: {own.apart.told()}"
+
+
+def _write_gguf(
+    path: str | Path, overrides: tuple[str, ...], merged: Path, target: Path, no_base: str | None
+) -> dict[str, Any]:
+    """model.gguf, and adapter.gguf where the adapter has a form and a base there; what merge.json says."""
     found, config = find_run(path, overrides)
     record: dict[str, Any] = {MODEL: write_model(merged, target / MODEL)}
     tensors, settings = read_adapter(found / "adapter")
-    why = why_no_adapter(settings, tensors)
+    why = no_base or why_no_adapter(settings, tensors)
     if why is None:
         record[ADAPTER] = write_adapter(tensors, settings, load_settings(config.model), target / ADAPTER)
     else:
@@ -188,10 +241,7 @@ def _hold_against_trained(
         split, data = _held_out_rows(config, task)
     except EngineError as error:
         if len(tried) > 1:  # figures of a reload alone don't tell which base is nearer
-            raise VerificationError(
-                f"Which base the adapter should be merged onto is measured on the run's rows: {error.problem}",
-                "Restore the data.",
-            ) from error
+            raise _unreadable(error) from error
         note = f"the run's rows can't be read: {error.problem}"
         only = tried[0]
         same = only.base == "full precision" and opened.group.fused is None  # what was merged is what was trained

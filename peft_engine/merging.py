@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters.files import SETTINGS, WEIGHTS, read_adapter, refuse_difference
+from .adapters.lora import moves_weights
 from .backbone import on_card
 from .config import Config
 from .config_methods import MERGES
@@ -158,6 +159,13 @@ def _read(path: str, weight: float) -> Source:
     if config.adapter.method != "lora":
         raise ConfigError(
             f"merge: {path} was trained with adapter.method {config.adapter.method}.", "Only lora adapters merge."
+        )
+    rounded = config.model.quantization != "none" or config.model.frozen_compute != "full"
+    if rounded and moves_weights(config.adapter.init):
+        raise ConfigError(
+            f"merge: {path} began with {config.adapter.init} over rounded weights: what it was trained on is what the "
+            "start left of them, which no other run has.",
+            "Leave it out, or export it with --merged.",
         )
     record_path = folder / "run.json"
     try:

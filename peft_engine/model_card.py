@@ -148,6 +148,17 @@ def _rounded(summary: dict[str, Any]) -> list[str]:
             "little.", ""]  # fmt: skip
 
 
+def _rest_was_rounded(group: Group, config: Config) -> list[str]:
+    """That a start moved a part of the weights into the adapter before the rest was quantised."""
+    if config.model.quantization == "none" or not group.members[0].initial:
+        return []
+    return [
+        f"Measured on what {config.adapter.init} left of the weights, in {config.model.quantization}. This file is for "
+        "the model's own weights, where outputs differ: `peft-engine export` says by how much.",
+        "",
+    ]
+
+
 def write_card(path: Path, group: Group, config: Config, labels: Labels | None, summary: dict[str, Any]) -> None:
     """Write the model card from a run's summary (run.json)."""
     front = [
@@ -189,6 +200,7 @@ def write_card(path: Path, group: Group, config: Config, labels: Labels | None, 
         *scores,
         "",
         *_rounded(summary),
+        *_rest_was_rounded(group, config),
         f"{summary['steps']} optimizer steps, seed {config.training.seed}, "
         f"{summary['wall_seconds']:.0f} s on {machine}.",
         "",

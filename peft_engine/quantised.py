@@ -23,17 +23,6 @@ from .stored_checkpoint import keep_new, refuse_with_stored
 
 OWN = ("nf4", "fp4", "int8")
 """Kinds of bitsandbytes, which the engine can make and read."""
-PACKAGES = {
-    "gptq": "gptqmodel",
-    "awq": "gptqmodel",
-    "hqq": "hqq",
-    "torchao": "torchao",
-    "aqlm": "aqlm",
-    "eetq": "kernels",
-    "quanto": "optimum-quanto",
-    "compressed-tensors": "compressed-tensors",
-}
-"""What other formats of checkpoints need."""
 BLOCK = 64
 """Numbers that share an absmax in nf4 and fp4, as transformers makes them."""
 
@@ -98,8 +87,7 @@ def load_settings_of(
         return {}
     where = {"device_map": {"": "cpu" if settings.offload == "layers" else str(device)}}
     if stored is not None:
-        _refuse_contradiction(settings, stored)
-        refuse_with_stored(config, stored)
+        refuse_with_stored(config, stored, model_config)
         if stored in OWN:
             keep_new(auto_class, model_config, settings, may_be_new)
         return where
@@ -125,36 +113,6 @@ def load_settings_of(
             llm_int8_skip_modules=kept,
         )
     }
-
-
-def _refuse_contradiction(settings: ModelConfig, stored: str) -> None:
-    if settings.quantization not in ("none", stored):
-        raise ConfigError(
-            f"model.quantization: got {settings.quantization}, and the checkpoint {settings.path} is stored in "
-            f"{stored} already.",
-            "Set model.quantization: none to take it as it is stored, or give the model in full precision.",
-        )
-    if settings.offload == "layers" and stored not in ("nf4", "fp4"):
-        raise ConfigError(
-            f"model.offload: got layers, and the checkpoint {settings.path} is stored in {stored}; of quantised layers "
-            "only nf4 and fp4 live on the host.",
-            "Set model.offload: none.",
-        )
-    if settings.frozen_compute != "full":
-        raise ConfigError(
-            f"model.frozen_compute: got {settings.frozen_compute}, and the checkpoint {settings.path} is stored in "
-            f"{stored}, which would be rounded once more.",
-            "Set model.frozen_compute: full.",
-        )
-
-
-def missing_package(settings: ModelConfig, stored: str, error: Exception) -> ConfigError:
-    """A checkpoint in a format whose library is not here."""
-    package = PACKAGES.get(stored, "bitsandbytes" if stored in OWN else stored)
-    return ConfigError(
-        f"model.path: {settings.path} is stored in {stored}, which needs a package that is not here ({error}).",
-        f"Install {package}, or give the model in full precision.",
-    )
 
 
 def names_to_keep(
@@ -186,9 +144,14 @@ def names_to_keep(
     ]
     if len(kept) == len(linears):
         raise ConfigError(
-            f"model.quantization: none of the {len(linears)} linears of {type(skeleton).__name__} can be quantised: "
-            "heads stay as they are, and nf4 and fp4 need a width in multiples of 64.",
-            "Set model.quantization: none.",
+            f"model.quantization: none of the {len(linears)} linears of {type(skeleton).__name__} is left to quantise: "
+            "heads stay as they are, nf4 and fp4 need a width in multiples of 64"
+            + (
+                f", and quantization_skip {settings.quantization_skip} keeps others."
+                if settings.quantization_skip
+                else "."
+            ),
+            "Set model.quantization: none" + (", or skip less." if settings.quantization_skip else "."),
         )
     return [re.escape(name) for name in kept]
 
@@ -397,7 +360,7 @@ def told(model: PreTrainedModel, settings: ModelConfig, dtype: torch.dtype) -> s
     if quantizer is None:
         return None
     linears = quantised_linears(model)
-    how = "asked for" if settings.quantization != "none" else "as the checkpoint stores it"
+    how = "as the checkpoint stores it" if getattr(quantizer, "pre_quantized", True) else "asked for"
     if not linears:
         return (
             f"{stored_kind(model.config)}: {how}; trained by peft's own layers, nothing of it fused; "

@@ -14,23 +14,78 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
 from .config import Config, ModelConfig
-from .config_quantised import quantised_faults
+from .config_quantised import KINDS, quantised_faults
 from .errors import ConfigError
 
 STORED = ("model.safetensors.index.json", "model.safetensors")
 BESIDE = re.compile(r"(.+?)(\.weight\.absmax|\.SCB)$")
 """What bitsandbytes stores beside a linear's codes."""
+PACKAGES = {
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "aqlm": "aqlm",
+    "eetq": "kernels",
+    "quanto": "optimum-quanto",
+    "compressed-tensors": "compressed-tensors",
+}
+"""What other formats of checkpoints need."""
 
 
-def refuse_with_stored(config: Config, stored: str) -> None:
-    """The rules of `model.quantization`, for a format that only the checkpoint tells.
+def refuse_with_stored(config: Config, stored: str, model_config: Any) -> None:
+    """Settings that contradict what is stored, and the rules of `model.quantization` for a format that only the
+    checkpoint tells.
 
     Raises:
         ConfigError: a setting can't be combined with it.
     """
+    _refuse_contradiction(config.model, stored, model_config)
     for setting, text in quantised_faults(config.model_dump(), stored):
         where = "" if setting == "model.path" else f" {config.model.path} is stored in {stored}."
         raise ConfigError(f"{setting}: {text}.{where}", "Change that, or give the model in full precision.")
+
+
+def _refuse_contradiction(settings: ModelConfig, stored: str, model_config: Any) -> None:
+    if settings.quantization not in ("none", stored):
+        raise ConfigError(
+            f"model.quantization: got {settings.quantization}, and the checkpoint {settings.path} is stored in "
+            f"{stored} already.",
+            "Set model.quantization: none to take it as it is stored, or give the model in full precision.",
+        )
+    found = model_config.quantization_config
+    nested = (found if isinstance(found, dict) else found.to_dict()).get("bnb_4bit_use_double_quant", False)
+    for name, differs in (
+        ("double_quantization", stored in ("nf4", "fp4") and nested and not settings.double_quantization),
+        ("quantization_skip", bool(settings.quantization_skip)),
+    ):
+        if settings.quantization != "none" and differs:
+            raise ConfigError(
+                f"model.{name}: got {getattr(settings, name)}, and the checkpoint {settings.path} is stored in another "
+                f"{stored}.",
+                "Set model.quantization: none, and leave this out, to take it as it is stored.",
+            )
+    if settings.offload == "layers" and stored not in ("nf4", "fp4"):
+        raise ConfigError(
+            f"model.offload: got layers, and the checkpoint {settings.path} is stored in {stored}; of quantised layers "
+            "only nf4 and fp4 live on the host.",
+            "Set model.offload: none.",
+        )
+    if settings.frozen_compute != "full":
+        raise ConfigError(
+            f"model.frozen_compute: got {settings.frozen_compute}, and the checkpoint {settings.path} is stored in "
+            f"{stored}, which would be rounded once more.",
+            "Set model.frozen_compute: full.",
+        )
+
+
+def missing_package(settings: ModelConfig, stored: str, error: Exception) -> ConfigError:
+    """A checkpoint in a format whose library is not here."""
+    package = PACKAGES.get(stored, "bitsandbytes" if stored in KINDS else stored)
+    return ConfigError(
+        f"model.path: {settings.path} is stored in {stored}, which needs a package that is not here ({error}).",
+        f"Install {package}, or give the model in full precision.",
+    )
 
 
 def keep_new(

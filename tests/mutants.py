@@ -166,8 +166,7 @@ REMOVALS = (
     R("11", "training/checkpoint.py", "manifest = verify_files(checkpoint)", "manifest = _read_manifest(checkpoint)",
       "altered_files_are_refused missing_files_are_refused"),
     # 12
-    R("12", "drift.py", "if not all(_within(name, values[name], bound) for name, bound in self.bounds.items()):",
-      "if False:", "a_merge_that_drifts_is_refused"),
+    R("12", "drift.py", "        if not self.within():\n", "        if False:\n", "a_merge_that_drifts_is_refused"),
     R("12", "export_run.py", "        best.apart.refuse()\n", "", "a_merge_that_drifts_is_refused"),
     R("12", "export_run.py", "MAX_KL if max_kl is None else max_kl", "MAX_KL", "the_bound_is_the_users"),
     R("12", "export_run.py", "    opened = open_run(path, overrides)\n    task, config, bound",

@@ -264,9 +264,13 @@ def test_what_goes_with_frozen_compute(task: str, sections: dict[str, Any], told
         ("seq2seq", {"model": "{quantization: int8, quantization_skip: [wo]}"}, None),
         ("causal-lm", {"model": "{double_quantization: false}", "adapter": "{init: loftq}"}, None),
         ("causal-lm", {"adapter": "{method: full}"}, "model.quantization: got nf4, and adapter.method full trains"),
-        ("causal-lm", {"adapter": "{method: loha}"}, "model.quantization: got nf4, and adapter.method loha works on"),
+        (
+            "causal-lm",
+            {"adapter": "{method: loha}"},
+            "model.quantization: got nf4, and adapter.method loha is not",
+        ),
         ("causal-lm", {"adapter": "{method: bitfit}"}, "model.quantization: got nf4, and adapter.method bitfit"),
-        ("causal-lm", {"adapter": "{bias: lora_only}"}, "adapter.bias: got lora_only; bitsandbytes' linears give no"),
+        ("causal-lm", {"adapter": "{bias: lora_only}"}, "adapter.bias: got lora_only; training biases over quantised"),
         ("causal-lm", {"adapter": "{init: lora-ga}"}, "adapter.init: lora-ga reads the gradient of weights"),
         ("causal-lm", {"model": "{frozen_compute: int8}"}, "model.frozen_compute: got int8 beside quantization nf4"),
         (

@@ -84,6 +84,18 @@ def test_model_and_adapter_are_those_of_the_run(kind, wide, tmp_path) -> None:
         assert np.array_equal(unrotated(up, heads) if heads else up, adapter[f"{name}.lora_B.weight"].numpy())
 
 
+def test_an_adapter_whose_base_nobody_has_is_not_written(wide, tmp_path, monkeypatch) -> None:
+    """llama.cpp reads no bitsandbytes weights: where the model's own give another model, the file would mislead."""
+    of = settings(wide("llama"), tmp_path, model={"quantization": "nf4"})
+    train(of)
+    monkeypatch.setattr("peft_engine.drift.MIN_TOP1", 0.9999)
+    folder, drift = export(of.output, gguf=True)
+    assert drift.bases["full precision"].top1_agreement < 0.9999 < drift.bases["dequantised"].top1_agreement
+    assert {path.name for path in folder.iterdir()} == {"model.gguf", "merge.json"}
+    said = json.loads((folder / "merge.json").read_text())["gguf"]["adapter.gguf"]
+    assert said.startswith("not written: on the model's own weights it is not what was trained: KL")
+
+
 def test_the_adapter_on_the_base_is_the_merged_model(wide, tmp_path) -> None:
     """As llama.cpp adds it up: W + alpha / rank · b·a, in its own order of rows; scales by rsLoRA and patterns."""
     patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"up_proj": 7}}

@@ -805,7 +805,7 @@ def test_trap_12_without_the_rows_no_base_is_chosen(quantised_model, tmp_path):
     of = settings(LM, quantised_model, tmp_path, pair_rows(30), model={"quantization": "nf4"})
     train(of)
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(VerificationError, match="is measured on the run's rows"):
+    with pytest.raises(DataError, match="held against what was trained, on the run's rows"):
         export(of.output, merged=True)
     assert not (tmp_path / "run" / "merged").exists()
 

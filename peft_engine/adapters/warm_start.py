@@ -5,6 +5,7 @@ The method, every name and shape, and all settings that decide what the weights 
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def start_from(group: Group, config: Config, labels: Labels | None) -> dict[str,
     return {
         "path": config.adapter.start_from,
         "sha256": digest,
-        "same_backbone": _same_backbone(folder, group.backbone.weights_digest),
+        "same_backbone": _same_backbone(folder, group.backbone.weights_digest, config),
     }
 
 
@@ -182,12 +183,24 @@ def _init_of(folder: Path) -> str | None:
     return init if init.startswith(("pissa", "olora")) else None
 
 
-def _same_backbone(folder: Path, digest: str) -> bool | None:
-    """Whether the run that the adapter lies in was trained on these weights."""
+def _same_backbone(folder: Path, digest: str, config: Config) -> bool | None:
+    """Whether the run that the adapter lies in was trained on these weights, rounded as they are here."""
     path = folder.parent / "run.json"
     if folder.name != "adapter" or not path.is_file():
         return None
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["digests"]["backbone"] == digest)
-    except (ValueError, KeyError, TypeError):
+        same = bool(json.loads(path.read_text(encoding="utf-8"))["digests"]["backbone"] == digest)
+        model = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["model"]
+        kind = str(model.get("quantization", "none"))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
+    told = None
+    if kind != config.model.quantization:
+        told = f"over weights in quantization {kind}, and this run has them in {config.model.quantization}"
+    elif kind != "none" and _init_of(folder):
+        told = f"over what {_init_of(folder)} had left of the weights in {kind}, and this run has all of them"
+    if told:
+        logging.getLogger(__name__).warning(
+            "adapter.start_from: %s was trained %s: it begins elsewhere than that run ended.", folder.parent, told
+        )
+    return same and told is None

@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from families import InDouble, Step, batch_of, check_same, evaluating, make, near, shake, step
+from families import InDouble, Step, adapt, batch_of, check_same, evaluating, make, near, shake, step
 from injected import holder, inject
 from peft import LoraConfig
 from quantised_models import KINDS, as_numbers, quantise, twins, unpacked, wide
@@ -205,6 +205,51 @@ def test_another_weight_in_its_place_is_read() -> None:
     assert not torch.equal(unpacked(base), old)
     x = torch.randn(2, old.shape[1])
     near(base(x).detach(), x @ unpacked(base).t(), 1e-5)
+
+
+def test_another_int8_weight_in_its_place_is_read_with_its_own_scales() -> None:
+    model, _ = twins("llama", "int8")
+    batch = batch_of("llama")
+    step(model, batch)  # bitsandbytes' layers take the old scales to themselves
+    fuse(model)
+    base = next(iter(bases(model).values()))
+    wanted = 3 * unpacked(base)
+    base.weight = bnb.nn.Int8Params(wanted.clone(), requires_grad=False).to("cpu")
+    x = torch.randn(20, wanted.shape[1])
+    near(base(x).detach(), x @ wanted.t(), 0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loaded_scales_are_read_by_everything_made_of_them(kind: str) -> None:
+    """DoRA keeps the norms of the weight: they are of the weight that is there now."""
+    model, _ = twins("llama", kind, use_dora=True)
+    batch = batch_of("llama")
+    fuse(model)
+    step(model, batch)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    for name in state:
+        if name.endswith(("SCB", "nested_absmax", "quant_map")) and "nested_quant_map" not in name:
+            state[name] *= 2
+    model.load_state_dict(state, strict=False)
+    truth = as_numbers(model)
+    with InDouble():
+        wanted = step(truth, batch)
+    near(step(model, batch).logits.double(), wanted.logits, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_inference_mode_gives_what_no_grad_gives(kind: str) -> None:
+    model = adapt(make("llama", **wide("llama"))) if kind == "none" else twins("llama", kind)[0]
+    shake(model)
+    fuse(model)
+    model.eval()
+    ids = batch_of("llama")["input_ids"]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    with torch.inference_mode():
+        assert torch.allclose(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        again = model.generate(input_ids=ids[:, :4], max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, model.generate(input_ids=ids[:, :4], max_new_tokens=4, do_sample=False))
 
 
 def test_a_compute_dtype_is_kept() -> None:

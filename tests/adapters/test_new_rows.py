@@ -101,6 +101,7 @@ def test_the_same_rows_again(tiny_model: Callable[[str], Path], tmp_path: Path) 
     [
         (["<a>", "<a>"], {}, "model.new_tokens: got <a> more than once"),
         (["<a>"], {"method": "ia3"}, "model.new_tokens: ia3 would not train their rows"),
+        ([], {"method": "trainable-tokens"}, "trainable-tokens trains rows of tokens: add token_indices"),
         (["<a>"], {"options": {"trainable_token_indices": [3]}}, "sets adapter.options.trainable_token_indices itself"),
     ],
 )

@@ -16,7 +16,8 @@ from wide_models import maker, settings
 
 from peft_engine.adapters.quantised_start import lora_layers
 from peft_engine.config import Config
-from peft_engine.errors import ConfigError
+from peft_engine.errors import ConfigError, VerificationError
+from peft_engine.merging import merge
 from peft_engine.quantised import dequantised, kind_of
 from peft_engine.run import train
 from peft_engine.using import evaluate, export, open_run
@@ -98,8 +99,22 @@ def test_the_base_that_results_is_trained_used_and_exported(init, wide, tmp_path
     for name, layer in here.items():
         assert torch.equal(dequantised(layer.get_base_layer()), dequantised(there[name].get_base_layer())), name
         assert there[name].lora_A["default"].weight.shape == layer.lora_A["default"].weight.shape
-    assert export(tmp_path / "run")[1].relative < 1e-3
     folder, drift = export(tmp_path / "run", merged=True)
+    held = drift.bases["full precision"]
+    monkeypatch.setattr("peft_engine.drift.MIN_TOP1", 0.0)
+    alone = export(tmp_path / "run")[1]
+    assert alone.relative < 1e-3
+    if init == "loftq":
+        assert alone.held_out is None
+    else:  # the file is for the model's own weights, what was trained had a rounded rest: told, and bounded
+        assert alone.held_out.kl == pytest.approx(held.kl, rel=1e-3)
+        assert alone.held_out.kl > 1e-4
+        monkeypatch.setattr("peft_engine.drift.MIN_TOP1", 1.1)
+        with pytest.raises(VerificationError, match="The adapter on the model's own weights is not what was trained"):
+            export(tmp_path / "run")
+        with pytest.raises(ConfigError, match=f"began with {init} over rounded weights"):
+            merge([(str(tmp_path / "run"), 1.0), (str(tmp_path / "run"), 0.0)], tmp_path / "sum")
+        assert "This file is for the model's own weights" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert drift.base == "dequantised"
     assert drift.bases["dequantised"].kl < 1e-4
     assert (folder / "merge.json").is_file()
@@ -144,3 +159,18 @@ def test_what_does_not_go_is_told(wide, tmp_path) -> None:
 def test_eva_reads_inputs_and_goes(wide, tmp_path) -> None:
     summary = train(settings(wide("llama"), Path(tmp_path), adapter={"init": "eva"}))
     assert evaluate(tmp_path / "run")["metrics"] == summary["metrics"]["after"]
+
+
+def test_a_start_from_other_roundings_is_told(wide, tmp_path, caplog) -> None:
+    """The tensors are the same, what they were trained over is not here."""
+    train(settings(wide("llama"), tmp_path, adapter={"init": "pissa", "alpha": 8}))
+    Path(tmp_path / "run").rename(tmp_path / "first")
+    for kind, told in (
+        ("nf4", "over what pissa had left of the weights in nf4"),
+        ("none", "quantization nf4, and this"),
+    ):
+        start = {"start_from": str(tmp_path / "first"), "rank": 8, "alpha": 16}
+        given = changed(settings(wide("llama"), tmp_path, adapter=start), output=str(tmp_path / kind))
+        found = train(given.model_copy(update={"model": given.model.model_copy(update={"quantization": kind})}))
+        assert found["started_from"]["same_backbone"] is False
+        assert told in caplog.text

@@ -13,7 +13,7 @@ from tiny import assemble, logits_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from wide_models import maker, settings
 
-from peft_engine.errors import ConfigError
+from peft_engine.errors import ConfigError, DataError
 from peft_engine.quantised import dequantised, kind_of, quantised_linears, side_tensors
 from peft_engine.run import train
 from peft_engine.using import evaluate, export, generate, open_run, predict
@@ -150,7 +150,33 @@ def test_a_checkpoint_that_is_quantised_is_taken_as_it_is(kind, wide, tmp_path) 
         train(settings(folder, tmp_path / "twice", model={"quantization": "none", "frozen_compute": "int8"}))
     with pytest.raises(ConfigError, match="holds quantised ones only"):
         train(settings(folder, tmp_path / "init", model={"quantization": "none"}, adapter={"init": "loftq"}))
-    train(settings(folder, tmp_path / "same", model={"quantization": kind}))
+    same = train(settings(folder, tmp_path / "same", model={"quantization": kind}))
+    assert same["decisions"]["quantization"].startswith(f"{kind}: as the checkpoint stores it")
+    with pytest.raises(ConfigError, match=r"quantization_skip: got \['q_proj'\], and the checkpoint .* is stored in"):
+        train(settings(folder, tmp_path / "skip", model={"quantization": kind, "quantization_skip": ["q_proj"]}))
+
+
+def test_a_stored_checkpoint_says_how_its_absmax_is_held(wide, tmp_path) -> None:
+    plain, nested = wide("llama"), tmp_path / "stored"
+    rounded = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(plain, quantization_config=rounded, device_map={"": "cpu"})
+    model.save_pretrained(nested)
+    for file in (*plain.glob("*token*"), *plain.glob("*.jinja")):
+        (nested / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ConfigError, match=r"got False, and the checkpoint .* is stored in another"):
+        train(settings(nested, tmp_path, model={"quantization": "nf4", "double_quantization": False}))
+    train(settings(nested, tmp_path, model={"quantization": "nf4"}))
+
+
+def test_an_export_is_held_against_the_run_and_nothing_else(wide, tmp_path) -> None:
+    """On other weights the same adapter is another model, which equals itself."""
+    train(settings(wide("llama"), tmp_path))
+    for merged in (True, False):
+        with pytest.raises(ConfigError, match=r"got model\.quantization=none, and what comes out is held"):
+            export(tmp_path / "run", merged=merged, overrides=("model.quantization=none",))
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match="held against what was trained, on the run's rows"):
+        export(tmp_path / "run", merged=True)
 
 
 def test_a_format_whose_package_is_missing_names_it(wide, tmp_path) -> None:
@@ -186,7 +212,7 @@ def test_linears_that_stay(wide, tmp_path) -> None:
     assert "6 linears as they are" in told
     with pytest.raises(ConfigError, match=r"'nothing' is found in none of the 15 linears"):
         assemble(changed(given, model__quantization_skip=["nothing"]))
-    with pytest.raises(ConfigError, match="none of the 15 linears of LlamaForCausalLM can be quantised"):
+    with pytest.raises(ConfigError, match=r"none of the 15 linears .* is left to quantise: .* and quantization_skip"):
         assemble(changed(given, model__quantization_skip=["proj"]))
     with pytest.raises(ConfigError, match=r"k_proj holds .*k_proj, which is quantised") as caught:
         assemble(changed(given, adapter__modules_to_save=["k_proj"]))
@@ -238,7 +264,7 @@ def test_packing_checkpointing_and_dora(wide, tmp_path) -> None:
 
 
 def test_biases_are_told_before_anything_is_loaded(wide, tmp_path) -> None:
-    with pytest.raises(ValueError, match="give no gradient of a bias"):
+    with pytest.raises(ValueError, match="training biases over quantised weights is not proved"):
         settings(wide("qwen2"), tmp_path, adapter={"bias": "all"})
 
 

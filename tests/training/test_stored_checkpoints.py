@@ -60,7 +60,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("nf4", {"adapter": {"method": "full"}}, r"model.path: the checkpoint is stored in nf4, and adapter.method full"),
     ("int8", {"adapter": {"method": "full"}}, r"model.path: the checkpoint is stored in int8, and adapter.method full"),
     ("gptq", {"adapter": {"method": "full"}}, r"model.path: the checkpoint is stored in gptq, and adapter.method full"),
-    ("nf4", {"adapter": {"method": "loha"}}, r"adapter.method loha works on the frozen weights"),
+    ("nf4", {"adapter": {"method": "loha"}}, r"adapter.method loha is not among those proved"),
     ("int8", {"adapter": {"dora": True}}, r"adapter.dora: peft's DoRA loses the scales.* is stored in int8"),
     ("nf4", {"adapter": {"init": "lora-ga"}}, r"adapter.init: lora-ga reads the gradient"),
     ("nf4", {"training": {"parallel": "fsdp"}}, r"training.parallel: fsdp shares out weights .* is stored in nf4"),
@@ -152,7 +152,7 @@ def test_codes_of_a_conv1d_take_no_layer_that_the_conv1d_has_not(method, wide, t
             assemble(given)
 
 
-@pytest.mark.parametrize("method", ["adalora", "ia3", "randlora", "prompt", "houlsby"])
+@pytest.mark.parametrize("method", ["adalora", "ia3", "randlora", "vera", "fourierft", "houlsby"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_a_conv1d_can_take_its_codes_can(kind, method, wide, tmp_path) -> None:
     given = settings(wide("gpt2"), tmp_path, model={"quantization": kind}, adapter={"method": method})

@@ -79,22 +79,25 @@ def quantised_of(module: nn.Module) -> QuantisedWeight | None:
     key, kept = state.extra[KEY]
     if torch.compiler.is_compiling():
         return kept
-    weight: Any = module.weight
-    if key != (weight.data_ptr(), weight.device):  # another weight (peft's merge), or moved
+    if key != _key(module.weight):  # another weight (peft's merge), moved, or written to
         kept = _put(module)
     return kept
 
 
+def _key(weight: Any) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight.device, 0 if weight.is_inference() else weight._version
+
+
 def _put(module: nn.Module) -> QuantisedWeight:
-    weight: Any = module.weight
     found = _read(module)
-    state_of(module).extra[KEY] = ((weight.data_ptr(), weight.device), found)
+    state_of(module).extra[KEY] = (_key(module.weight), found)
     return found
 
 
 def _read(module: Any) -> QuantisedWeight:
-    if hasattr(module, "state"):  # Linear8bitLt takes the scales to itself when it runs
-        return QuantisedWeight.from_parameter(module.weight, scale=module.state.SCB)
+    if hasattr(module, "state"):  # Linear8bitLt takes the scales of a new weight to itself when it runs
+        own = getattr(module.weight, "SCB", None)
+        return QuantisedWeight.from_parameter(module.weight, scale=module.state.SCB if own is None else own)
     lost = getattr(module.weight, "quant_state", None) is None and module.quant_state is not None
     if lost and module.weight.shape[-1] == 1:  # Module.to may lose it, and codes are a column
         from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
@@ -120,6 +123,12 @@ def why_not_quantised(module: Any) -> str | None:
 
 class QuantisedForward(ProjectionForward):
     """Mixin of bitsandbytes' linears: also of the base layers of peft's, for the paths that stay peft's own."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Scales may be copied where the old ones lay: what was made of them is made anew."""
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        if KEY in state_of(self).extra:  # type: ignore[arg-type]
+            _put(self)  # type: ignore[arg-type]
 
     def plain_projection(self) -> Projection:
         module: Any = self

@@ -60,6 +60,8 @@ class SharedInput:
         state = state_of(member)
         # hooks of a sibling may bring its weights (FSDP, offloading) or another input
         siblings = [m for m in self.members if m is not member and hasattr(m, "plain_projection") and not hooked(m)]
+        if x.is_inference():  # it keeps no count of changes in place, so each linear reads it for itself
+            siblings = []
         found = [projection, *(cast(Projects, m).plain_projection() for m in siblings)]
         ready = [(m, p) for m, p in zip([member, *siblings], found, strict=True) if p is not None]
         seeds = state.rows.of(x, state.salt) if any(a.p for _, p in ready for a in p.adapters) else None
@@ -112,4 +114,5 @@ def group_of(member: nn.Module) -> SharedInput | None:
 def _mode(x: Tensor) -> tuple[Any, ...]:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.is_grad_enabled(), autocast, x._version if not torch.compiler.is_compiling() else 0
+    counted = not torch.compiler.is_compiling() and not x.is_inference()
+    return torch.is_grad_enabled(), autocast, x._version if counted else 0
