@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -160,12 +160,12 @@ def _refuse_without_layer(backbone: Backbone, method: str, settings: PeftConfig,
     if name is None:
         return
     asked: Any = deepcopy(settings)
-    asked.target_modules, asked.modules_to_save = {"linear"}, None
+    asked.target_modules, asked.modules_to_save, asked.task_type = {"linear"}, None, None
     if hasattr(asked, "fan_in_fan_out"):
         asked.fan_in_fan_out = True
     own = nn.ModuleDict({"linear": Conv1D(modules[name].out_features, modules[name].in_features)})
     try:
-        inject_adapter_in_model(asked, own)
+        get_peft_model(own, asked)
     except REFUSALS as error:
         raise refusal(method, error) from error
 

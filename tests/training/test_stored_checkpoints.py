@@ -152,7 +152,7 @@ def test_codes_of_a_conv1d_take_no_layer_that_the_conv1d_has_not(method, wide, t
             assemble(given)
 
 
-@pytest.mark.parametrize("method", ["adalora", "ia3", "randlora", "vera", "fourierft", "houlsby"])
+@pytest.mark.parametrize("method", ["adalora", "ia3", "randlora", "vera", "fourierft", "prompt", "houlsby"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_a_conv1d_can_take_its_codes_can(kind, method, wide, tmp_path) -> None:
     given = settings(wide("gpt2"), tmp_path, model={"quantization": kind}, adapter={"method": method})
