@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     cells: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.what == "tables":
-        every = [key for what in ("real", "check", "fake") for key, *_ in jobs(what, cells)]
+        every = {key: 0 for what in ("real", "check", "fake") for key, *_ in jobs(what, cells)}
         if missing := [key for key in every if key not in cells]:
             parser.error(f"{options.out} lacks {len(missing)} cells, {missing[0]} first: count by real, check and fake")
         print(tables(cells))

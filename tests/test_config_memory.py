@@ -44,8 +44,6 @@ def test_checkpointing_refuses(value: Any, message: str) -> None:
 def test_prefix_and_checkpointing(chosen: Any) -> None:
     (line,) = faults("causal-lm", adapter={"method": "prefix"}, training={"gradient_checkpointing": chosen})
     assert line.startswith("training.gradient_checkpointing: runs layers again without the keys and values that")
-        "training.gradient_checkpointing: runs layers again without the keys and values that adapter"
-    )
     assert "adapter.method prefix" in line
     assert not faults("causal-lm", adapter={"method": "prefix"})
     assert not faults("causal-lm", adapter={"method": "prompt"}, training={"gradient_checkpointing": chosen})

@@ -1,5 +1,6 @@
 """benchmarks/memory_levers.py: the fake count is the real one, and its sums are bitsandbytes' own."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,4 +104,4 @@ def test_cells_that_are_there_are_printed(capsys: pytest.CaptureFixture[str]) ->
 def test_tables_of_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         levers.main(["tables", "--out", str(tmp_path / "new.json")])
-    assert "new.json lacks 110 cells, real LoRA, plain peft first" in capsys.readouterr().err
+    assert re.search(r"new\.json lacks \d+ cells, real LoRA, plain peft first", capsys.readouterr().err)
