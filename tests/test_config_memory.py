@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from delayed import DelayedLane
-from test_config_checks import faults
+from test_config_checks import faults, tree
 from tiny import assemble, config, pair_rows, write_rows
 
 from peft_engine import building
+from peft_engine.config_reading import load_config, to_yaml
 from peft_engine.errors import ConfigError
+from peft_engine.run_directory import find_run
 
 FREE = {"max_grad_norm": None, "optimizer_in_backward": True}
 
@@ -130,6 +132,17 @@ def test_a_cpu_refuses_before_it_loads(
     name = f"{section}.{next(iter(setting))}"
     with pytest.raises(ConfigError, match=rf"^{name}: got \w+, and the device is cpu: only a CUDA card"):
         assemble(given.model_copy(update={"model": given.model.model_copy(update={"path": str(tiny_model("llama"))})}))
+
+
+def test_a_run_of_a_card_is_used_on_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    training = {"activation_offload": "cpu", "optimizer": "paged_adamw"}
+    given = load_config(tree("causal-lm", training=training, output=str(tmp_path)))
+    (tmp_path / "config.yaml").write_text(to_yaml(given))
+    assert find_run(tmp_path, ("device=cpu",))[1].device == "cpu"
+    assert find_run(tmp_path)[1].training.optimizer == "paged_adamw"
+    with pytest.raises(ConfigError, match="whose state lies in CUDA's unified memory"):
+        find_run(tmp_path, ("device=cpu", "training.optimizer=paged_adamw"))
 
 
 def test_levers_are_told(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
