@@ -26,11 +26,11 @@ from .quantised import (
     is_quantised,
     load_settings_of,
     make_ready,
-    missing_package,
     quantised_linears,
     stored_kind,
 )
 from .runtime import seed_everything
+from .stored_checkpoint import missing_package
 from .vocabulary import add_tokens
 
 LINEAR_TYPES = (nn.Linear, Conv1D)

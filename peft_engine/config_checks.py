@@ -248,9 +248,9 @@ def _parallel(values: Tree) -> Iterator[Fault]:
     path = ("training", "parallel")
     if lookup(values, "adapter.method") == "full":
         yield Fault(path, "fsdp shares out frozen weights, and adapter.method full trains all; write ddp")
-    for name, plain in (("model.quantization", "none"), ("model.frozen_compute", "full")):
-        if lookup(values, name) not in (None, plain):
-            yield Fault(path, f"fsdp shares out weights as they are stored, and {name} changes them; write ddp")
+    if lookup(values, "model.frozen_compute") not in (None, "full"):
+        text = "fsdp shares out weights as they are stored, and model.frozen_compute changes them; write ddp"
+        yield Fault(path, text)
 
 
 def _attention(values: Tree) -> Iterator[Fault]:

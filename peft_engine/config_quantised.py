@@ -6,6 +6,8 @@ from typing import Any
 from peft_engine.config_frozen import PREFERENCE
 from peft_engine.config_methods import BOTTLENECK, PROMPTS
 
+KINDS = ("nf4", "fp4", "int8")
+"""Formats of bitsandbytes."""
 METHODS = (
     "lora",
     "adalora",
@@ -24,14 +26,18 @@ METHODS = (
 linears in peft."""
 
 
-def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def quantised_faults(values: Mapping[str, Any], stored: str | None = None) -> Iterator[tuple[str, str]]:
     """(setting, dotted, and what is wrong with it).
 
     Args:
         values: all settings, defaults filled in; required ones may be missing.
+        stored: the format in which the checkpoint holds its weights, where somebody has looked.
     """
     model, adapter = values.get("model") or {}, values.get("adapter") or {}
-    kind, method = model.get("quantization"), adapter.get("method")
+    kind, method = stored or model.get("quantization"), adapter.get("method")
+    place, got, remedy = "model.quantization", f"got {kind}", "write none"
+    if stored:
+        place, got, remedy = "model.path", f"the checkpoint is stored in {kind}", "give the model in full precision"
     if kind in (None, "none"):
         if model.get("quantization_skip"):
             yield "model.quantization_skip", "has no effect with quantization none; set that to nf4, or remove this"
@@ -46,23 +52,26 @@ def quantised_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"got {model['frozen_compute']} beside quantization {kind}; they are two formats for the same weights: "
             "take one of the two (nf4 for memory, int8 here for speed)",
         )
-    if values.get("task") in PREFERENCE:
+    if (values.get("training") or {}).get("parallel") == "fsdp":
         yield (
-            "model.quantization",
-            f"got {kind}; task {values['task']} trains in the loop of TRL, which this version drives with none only",
+            "training.parallel",
+            f"fsdp shares out weights as they are, and {kind} has scales beside them; write ddp",
         )
+    if values.get("task") in PREFERENCE:
+        yield place, f"{got}; task {values['task']} trains in the loop of TRL, here with weights in full precision only"
     if method == "full":
-        yield "model.quantization", f"got {kind}, and adapter.method full trains these weights; write none, or lora"
-    elif method is not None and method not in METHODS:
+        yield place, f"{got}, and adapter.method full trains these weights; {remedy}, or take lora"
+    if kind not in KINDS:  # by peft's own layers, of which it knows
+        return
+    if method is not None and method not in ("full", *METHODS):
         yield (
-            "model.quantization",
-            f"got {kind}, and adapter.method {method} is not among those proved on quantised weights: "
-            f"{', '.join(METHODS)}",
+            place,
+            f"{got}, and adapter.method {method} is not among those proved on quantised weights: {', '.join(METHODS)}",
         )
     if kind == "int8" and adapter.get("dora"):
         yield (
             "adapter.dora",
-            "peft's DoRA loses the scales of int8 weights after the first forward; write nf4, or leave it out",
+            "peft's DoRA loses the scales of int8 weights after the first forward; leave it out, or take nf4",
         )
     if adapter.get("bias") not in (None, "none"):
         yield "adapter.bias", f"got {adapter['bias']}; training biases over quantised weights is not proved. Write none"

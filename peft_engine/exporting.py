@@ -18,7 +18,7 @@ from .adapters.files import save_adapter
 from .adapters.group import Group, Member
 from .adapters.new_rows import grow
 from .adapters.peft_methods import trim_prompts
-from .backbone import embeddings_of
+from .backbone import embeddings_of, load_settings
 from .config import Config
 from .config_methods import BOTTLENECK, PROMPTS
 from .data.labels import Labels
@@ -26,7 +26,7 @@ from .drift import Drift, judge_batches
 from .errors import ConfigError, StorageError, VerificationError
 from .generation import matched
 from .model_card import write_card, write_merged_card
-from .quantised import compute_dtype, is_quantised, kind_of, make_ready
+from .quantised import OWN, compute_dtype, is_quantised, kind_of, make_ready, stored_kind
 from .tasks.base import Batch, Task
 from .tasks.text_classification import MeanPooled
 
@@ -117,9 +117,13 @@ def _quantised_alike(group: Group, config: Config, device: torch.device) -> dict
     if not is_quantised(model):
         return {}
     where: dict[str, Any] = {"device_map": {"": str(device)}}
-    if config.model.quantization == "none":  # as it is stored
+    if not model.hf_quantizer.pre_quantized:
+        return where | {"quantization_config": deepcopy(model.config.quantization_config)}
+    if stored_kind(model.config) not in OWN:
         return where
-    return where | {"quantization_config": deepcopy(model.config.quantization_config)}
+    own = load_settings(config.model)  # as it is stored, but for what the task made anew
+    own.quantization_config = model.config.quantization_config.to_dict()
+    return where | {"config": own}
 
 
 def export_merged(group: Group, config: Config, task: Task, labels: Labels | None, folder: Path) -> Drift:

@@ -17,21 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import Config, ModelConfig
 from .errors import ConfigError
+from .int8_linear import unround
 from .runtime import training_dtype
+from .stored_checkpoint import keep_new, refuse_with_stored
 
 OWN = ("nf4", "fp4", "int8")
 """Kinds of bitsandbytes, which the engine can make and read."""
-PACKAGES = {
-    "gptq": "gptqmodel",
-    "awq": "gptqmodel",
-    "hqq": "hqq",
-    "torchao": "torchao",
-    "aqlm": "aqlm",
-    "eetq": "kernels",
-    "quanto": "optimum-quanto",
-    "compressed-tensors": "compressed-tensors",
-}
-"""What other formats of checkpoints need."""
 BLOCK = 64
 """Numbers that share an absmax in nf4 and fp4, as transformers makes them."""
 
@@ -96,7 +87,9 @@ def load_settings_of(
         return {}
     where = {"device_map": {"": "cpu" if settings.offload == "layers" else str(device)}}
     if stored is not None:
-        _refuse_contradiction(settings, stored, model_config)
+        refuse_with_stored(config, stored, model_config)
+        if stored in OWN:
+            keep_new(auto_class, model_config, settings, may_be_new)
         return where
     try:
         import bitsandbytes  # noqa: F401 (transformers needs it)
@@ -120,48 +113,6 @@ def load_settings_of(
             llm_int8_skip_modules=kept,
         )
     }
-
-
-def _refuse_contradiction(settings: ModelConfig, stored: str, model_config: Any) -> None:
-    if settings.quantization not in ("none", stored):
-        raise ConfigError(
-            f"model.quantization: got {settings.quantization}, and the checkpoint {settings.path} is stored in "
-            f"{stored} already.",
-            "Set model.quantization: none to take it as it is stored, or give the model in full precision.",
-        )
-    found = model_config.quantization_config
-    nested = (found if isinstance(found, dict) else found.to_dict()).get("bnb_4bit_use_double_quant", False)
-    for name, differs in (
-        ("double_quantization", stored in ("nf4", "fp4") and nested and not settings.double_quantization),
-        ("quantization_skip", bool(settings.quantization_skip)),
-    ):
-        if settings.quantization != "none" and differs:
-            raise ConfigError(
-                f"model.{name}: got {getattr(settings, name)}, and the checkpoint {settings.path} is stored in another "
-                f"{stored}.",
-                "Set model.quantization: none, and leave this out, to take it as it is stored.",
-            )
-    if settings.offload == "layers" and stored not in ("nf4", "fp4"):
-        raise ConfigError(
-            f"model.offload: got layers, and the checkpoint {settings.path} is stored in {stored}; of quantised layers "
-            "only nf4 and fp4 live on the host.",
-            "Set model.offload: none.",
-        )
-    if settings.frozen_compute != "full":
-        raise ConfigError(
-            f"model.frozen_compute: got {settings.frozen_compute}, and the checkpoint {settings.path} is stored in "
-            f"{stored}, which would be rounded once more.",
-            "Set model.frozen_compute: full.",
-        )
-
-
-def missing_package(settings: ModelConfig, stored: str, error: Exception) -> ConfigError:
-    """A checkpoint in a format whose library is not here."""
-    package = PACKAGES.get(stored, "bitsandbytes" if stored in OWN else stored)
-    return ConfigError(
-        f"model.path: {settings.path} is stored in {stored}, which needs a package that is not here ({error}).",
-        f"Install {package}, or give the model in full precision.",
-    )
 
 
 def names_to_keep(
@@ -214,7 +165,7 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
 
     On CPUs with AVX512-BF16 its 4-bit linear packs its weight anew at the first evaluation without gradients, with the
     absmax rounded to bfloat16, and computes in bfloat16 from then on: other weights than those trained on, in a layout
-    that nothing else reads.
+    that nothing else reads. Its 8-bit linear rounds x, see `int8_linear`.
 
     Raises:
         ConfigError: weights are stored in blocks that its CPU kernels misread.
@@ -222,6 +173,7 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
     model.__dict__.pop("hf_device_map", None)  # one device: peft and save_pretrained take "cpu" in it for offloading
     for name, linear in quantised_linears(model).items():
         if kind_of(linear) == "int8":
+            unround(linear)
             continue
         linear.compute_dtype, linear.compute_type_is_set = dtype, True
         linear.support_avx512bf16_for_cpu = False

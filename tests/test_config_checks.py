@@ -203,10 +203,8 @@ def test_what_fsdp_can_not_share_out() -> None:
     assert not faults("causal-lm", training="{parallel: ddp}", adapter="{method: full}")
     (found,) = faults("causal-lm", training="{parallel: fsdp}", adapter="{method: full}")
     assert found == ("training.parallel: fsdp shares out frozen weights, and adapter.method full trains all; write ddp")
-    values = {"training": {"parallel": "fsdp"}, "model": {"quantization": "nf4", "frozen_compute": "int8"}}
-    texts = [fault.text for fault in _parallel(values)]
-    assert ["model.quantization" in text for text in texts] == [True, False]
-    assert ["model.frozen_compute" in text for text in texts] == [False, True]
+    (found,) = _parallel({"training": {"parallel": "fsdp"}, "model": {"frozen_compute": "int8"}})
+    assert "model.frozen_compute changes them" in found.text
 
 
 def test_the_list_of_tasks_for_the_command_line_is_that_of_the_declaration():

@@ -34,6 +34,8 @@ ORDER = (
     "runtime",
     "meters",
     "vocabulary",
+    "int8_linear",
+    "stored_checkpoint",
     "quantised",
     "backbone",
     "data",

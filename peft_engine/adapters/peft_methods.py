@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import Conv2d as LoraConv2d
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ def peft_method(backbone: Backbone, config: Config, specs: list[MemberSpec]) -> 
         )
     refuse_ambiguous_names(backbone, specs)
     settings, targets = peft_settings(backbone, config)
+    _refuse_without_layer(backbone, method, settings, targets)
     std = getattr(backbone.model.config, "initializer_range", 0.02)
     model: Any = None
     for spec in specs:
@@ -149,6 +150,24 @@ def _refuse_other_modules(model: PeftModel, method: str, targets: list[str]) -> 
             + (f" and {len(wrong) - 3} more." if len(wrong) > 3 else "."),
             "Name modules that it takes, by endings that fit them only, or use another method.",
         )
+
+
+def _refuse_without_layer(backbone: Backbone, method: str, settings: PeftConfig, targets: list[str]) -> None:
+    """In place of a Conv1D stands a linear of bitsandbytes, which peft may have a layer for where it has none for the
+    Conv1D of the model's own code: what trains there could never be merged."""
+    modules: dict[str, Any] = {name: backbone.model.get_submodule(name) for name in targets}
+    name = next((name for name, module in modules.items() if getattr(module, "source_cls", None) is Conv1D), None)
+    if name is None:
+        return
+    asked: Any = deepcopy(settings)
+    asked.target_modules, asked.modules_to_save = {"linear"}, None
+    if hasattr(asked, "fan_in_fan_out"):
+        asked.fan_in_fan_out = True
+    own = nn.ModuleDict({"linear": Conv1D(modules[name].out_features, modules[name].in_features)})
+    try:
+        inject_adapter_in_model(asked, own)
+    except REFUSALS as error:
+        raise refusal(method, error) from error
 
 
 def _refuse_overlapping_patches(backbone: Backbone, targets: list[str]) -> None:

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from ..backbone import Backbone, digest_weights, load_model
 from ..config import Config
+from ..errors import ConfigError
+from ..quantised import kind_of, quantised_linears
 
 
 def name_classes(model_config: Any, names: list[str]) -> None:
@@ -22,10 +24,16 @@ def load_with_head(
     """The backbone under a head that an Auto class gives it; a head that is not in the checkpoint is a new module.
 
     Raises:
-        ConfigError: the class has no such head, or other tensors are missing (trap 22).
+        ConfigError: the class has no such head, or other tensors are missing (trap 22); the head is stored quantised.
     """
     model, new = load_model(config, auto_class, model_config, device, is_head)
     heads = head_modules(model)
+    for name, linear in quantised_linears(model).items():
+        if any(f"{name}.".startswith(f"{head}.") for head in heads):
+            raise ConfigError(
+                f"model.path: {config.model.path} stores {name} in {kind_of(linear)}, and the head is trained.",
+                "Give the model in full precision, or quantise it with its head among llm_int8_skip_modules.",
+            )
     fresh = [name for name in heads if any(tensor.startswith(f"{name}.") for tensor in new)]
     return Backbone(model, heads, fresh, peft_task, digest_weights(model.base_model))
 
@@ -48,3 +56,12 @@ def output_names(model: PreTrainedModel) -> list[str]:
     """Full names of the module that makes a language model's logits."""
     output = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if module is output]
+
+
+def with_outputs(outputs: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """`from_pretrained`'s settings for so many outputs: in the config, where one is given."""
+    given = settings.get("config")
+    if given is None:
+        return {**settings, "num_labels": outputs}
+    given.num_labels = outputs
+    return settings

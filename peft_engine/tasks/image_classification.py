@@ -19,7 +19,7 @@ from ..data.labels import Labels
 from ..errors import ConfigError, DataError
 from .base import Batch, to_device
 from .class_metrics import ClassMeter, predictions
-from .heads import head_modules, is_head, name_classes
+from .heads import head_modules, is_head, name_classes, with_outputs
 from .pixels import load_pixels
 from .timm_models import WRAPPER, TimmProcessor, head_names, is_timm, require_timm
 from .weighting import LABEL, WEIGHT, add_weights, class_loss
@@ -170,7 +170,7 @@ class ImageClassification:
     def plain(self, path: str, **settings: Any) -> Any:
         outputs = max(1, len(self.labels.names))
         return AutoModelForImageClassification.from_pretrained(
-            path, num_labels=outputs, ignore_mismatched_sizes=True, **settings
+            path, ignore_mismatched_sizes=True, **with_outputs(outputs, settings)
         )
 
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:

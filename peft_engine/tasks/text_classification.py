@@ -24,7 +24,7 @@ from ..data.labels import Labels
 from ..errors import ConfigError, DataError
 from .base import Batch, pad_column, pad_tokens, probe_tokens
 from .class_metrics import ClassMeter, predictions
-from .heads import load_with_head, name_classes
+from .heads import load_with_head, name_classes, with_outputs
 from .weighting import LABEL, WEIGHT, add_weights, class_loss
 
 PROBLEM = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
@@ -118,7 +118,7 @@ class TextClassification:
             model = plain_mean_pooled(path, outputs, **settings)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=outputs, ignore_mismatched_sizes=True, **settings
+                path, ignore_mismatched_sizes=True, **with_outputs(outputs, settings)
             )
             model.config.pad_token_id = padding_id(self.tokenizer)
         return model

@@ -18,7 +18,7 @@ from ..data.formats import Example
 from ..data.labels import NOT_LEARNED, Labels
 from ..errors import ConfigError
 from .base import Batch, pad_column, pad_tokens, probe_tokens
-from .heads import load_with_head, name_classes
+from .heads import load_with_head, name_classes, with_outputs
 from .tag_metrics import TagMeter, marks_entities
 from .weighting import TAG, WEIGHT, add_weights, weighted_cross_entropy
 
@@ -127,7 +127,7 @@ class TokenClassification:
 
     def plain(self, path: str, **settings: Any) -> Any:
         return AutoModelForTokenClassification.from_pretrained(
-            path, num_labels=len(self.labels.names), ignore_mismatched_sizes=True, **settings
+            path, ignore_mismatched_sizes=True, **with_outputs(len(self.labels.names), settings)
         )
 
     def plain_logits(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from peft_kernels.dropout import dropout
 from peft_kernels.lora_linear import Adapter, Projection, lora_linear
 
 from .frozen_linear import frozen_of, refuse_numbers, weight_of
-from .quantised import base_classes, is_quantised, lora_classes, why_not_quantised
+from .quantised import is_quantised, lora_classes, why_not_quantised
 from .sharing import group_of
 from .state import ATTRIBUTE, hooked, once_each, original_class, state_of
 
@@ -178,7 +178,7 @@ def why_not(module: nn.Module) -> str | None:
         return f"peft's {type(module).__name__} has no fused form"
     layer: Any = module
     base = layer.get_base_layer()
-    if original_class(base) not in (nn.Linear, Conv1D, *base_classes()):
+    if original_class(base) not in (nn.Linear, Conv1D) and not is_quantised(base):
         return f"its base layer is a {type(base).__name__}"
     if is_quantised(base) and (reason := why_not_quantised(base)):
         return f"its base layer is a {type(base).__name__}: {reason}"

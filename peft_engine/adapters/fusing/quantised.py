@@ -22,6 +22,7 @@ from peft_kernels.lora_linear import Projection
 from peft_kernels.quantised_weight import QuantisedWeight
 
 from ...errors import ConfigError
+from ...int8_linear import is_unrounded
 from .modules import subclass
 from .sharing import ProjectionForward
 from .state import ATTRIBUTE, Fused, RowSeeds, hooked, original_class, salt_of, state_of, swap
@@ -47,7 +48,8 @@ def lora_classes() -> tuple[type[nn.Module], ...]:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether this is a linear of bitsandbytes, fused or not."""
-    return original_class(module) in base_classes()
+    cls = original_class(module)
+    return cls in base_classes() or is_unrounded(cls)
 
 
 def keep_codes(model: nn.Module) -> None:
