@@ -13,7 +13,7 @@ the head, no dropout, every token with a loss.
 Two things are added up, not run: codes of nf4 and int8 weights on fake tensors (bitsandbytes' layout, and one scratch
 buffer for the largest weight), and layers on the host, of which two are on the card at once.
 
-Cells are kept in --out and counted once; --seconds ends a call early, the next one goes on.
+Cells are kept in --out and counted once, then only printed; --seconds ends a call early, the next one goes on.
 """
 
 import argparse
@@ -107,16 +107,16 @@ ALONE = (
 )
 """Each lever by itself."""
 SMALL = replace(LORA, checkpointing=1, activation_offload=True)
-LADDER = (
-    LORA,
-    replace(LORA, checkpointing=2),
-    replace(LORA, checkpointing=1),
-    replace(LORA, weights="nf4"),
-    replace(LORA, weights="nf4", checkpointing=2),
-    replace(LORA, weights="nf4", checkpointing=1),
-    replace(SMALL, weights="nf4"),
-    replace(SMALL, weights="nf4", layers=True),
-)
+LADDER = {
+    "no lever": LORA,
+    "every second layer checkpointed": replace(LORA, checkpointing=2),
+    "all layers checkpointed": replace(LORA, checkpointing=1),
+    "nf4": replace(LORA, weights="nf4"),
+    "nf4, every second layer checkpointed": replace(LORA, weights="nf4", checkpointing=2),
+    "nf4, checkpointed": replace(LORA, weights="nf4", checkpointing=1),
+    "nf4, checkpointed, activations on the host": replace(SMALL, weights="nf4"),
+    "nf4, checkpointed, activations and layers on the host": replace(SMALL, weights="nf4", layers=True),
+}
 """From fast to small."""
 ON_CPU = tuple(one for one in ALONE if not (one.activation_offload or one.layers))
 CHECKED = tuple(one for one in ON_CPU if not one.weights)
@@ -327,8 +327,7 @@ def code_bytes(count: int, out: int, weights: str) -> tuple[int, int]:
 def added_up(found: dict[str, int], shape: dict[str, Any], levers: Levers, size: int = 2) -> dict[str, int]:
     """With weights in codes, and with layers on the host; before, a number took `size` bytes."""
     each, layers = linears(shape), shape["num_hidden_layers"]
-    moving, staying = size * sum(each), 0
-    scratch = 0
+    moving, staying, scratch = size * sum(each), 0, 0
     if levers.weights:
         width, inner = shape["hidden_size"], shape["intermediate_size"]
         outs = [each[0] // width, each[1] // width, each[2] // width, width, inner, inner, width]
@@ -364,7 +363,7 @@ def jobs(what: str, cells: dict[str, Any]) -> list[tuple[str, Levers, Any]]:
         return found + [(f"check {o.told()}", o, partial(added_up_from, cells, "135M", BATCH[1], o)) for o in codes]
     return [
         (f"{shape} {tokens} {one.told()}", one, partial(added_up_from, cells, shape, tokens, one))
-        for wanted in (LADDER, ALONE)
+        for wanted in (LADDER.values(), ALONE)
         for shape, tokens in FAKE
         for one in sorted(wanted, key=lambda one: one.told().replace("nf4 weights + ", ""))
     ]
@@ -374,15 +373,14 @@ def tables(cells: dict[str, Any]) -> str:
     """Markdown: real beside fake, memory by lever, what fits."""
     lines = ["| 135M, 4×256 tokens, fp32, CPU | weights | optimizer | peak, real | peak, fake | |", "|---" * 6 + "|"]
     for one in ON_CPU:
-        real, fake = cells.get(f"real {one.told()}"), cells.get(f"check {one.told()}")
-        if real:
-            apart = f"{100 * fake['peak'] / real['peak'] - 100:+.1f}%".replace("-", "−") if fake else ""
-            parts = [real["weights"], real["optimizer"], real["peak"], fake and fake["peak"]]
-            shown = " | ".join(f"{v / 1e6:,.0f} MB" if v else "–" for v in parts)
-            lines.append(f"| {one.told()} | {shown} | {apart} |")
+        real, fake = cells[f"real {one.told()}"], cells[f"check {one.told()}"]
+        apart = f"{100 * fake['peak'] / real['peak'] - 100:+.1f}%".replace("-", "−")
+        parts = [real["weights"], real["optimizer"], real["peak"], fake["peak"]]
+        shown = " | ".join(f"{v / 1e6:,.0f} MB" for v in parts)
+        lines.append(f"| {one.told()} | {shown} | {apart} |")
     head = " | ".join(f"{shape}, {tokens // 1024}k" for shape, tokens in FAKE)
     lines += ["", f"| GB on the card | {head} |", "|---" * (1 + len(FAKE)) + "|"]
-    for one in dict.fromkeys((*ALONE, *LADDER)):
+    for one in dict.fromkeys((*ALONE, *LADDER.values())):
         found = [cells[f"{shape} {tokens} {one.told()}"] for shape, tokens in FAKE]
         shown = " | ".join(f"{c['peak'] / 1e9:.1f}" + (f" ({c['host'] / 1e9:.1f})" if c["host"] else "") for c in found)
         lines.append(f"| {one.told()} | {shown} |")
@@ -393,9 +391,8 @@ def tables(cells: dict[str, Any]) -> str:
 
 def fits(cells: dict[str, Any], card: int, shape: str, tokens: int) -> str:
     """The fastest rung of the ladder that fits a card of so many GB."""
-    sizes = {one.told(): cells[f"{shape} {tokens} {one.told()}"]["peak"] for one in LADDER}
-    rung = next((told for told, size in sizes.items() if size <= ROOM * card * 1e9), "none of these")
-    return rung.removeprefix("LoRA").removeprefix(" + ") or "no lever"
+    sizes = {name: cells[f"{shape} {tokens} {one.told()}"]["peak"] for name, one in LADDER.items()}
+    return next((name for name, size in sizes.items() if size <= ROOM * card * 1e9), "none of these")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -406,13 +403,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     cells: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.what == "tables":
+        every = {key: 0 for what in ("real", "check", "fake") for key, *_ in jobs(what, cells)}
+        if missing := [key for key in every if key not in cells]:
+            parser.error(f"{options.out} lacks {len(missing)} cells, {missing[0]} first: count by real, check and fake")
         print(tables(cells))
     begun = time.monotonic()
     for key, levers, run in jobs(options.what, cells) if options.what != "tables" else ():
         if key not in cells and time.monotonic() - begun <= options.seconds:
             cells[key] = run() | {"levers": asdict(levers)}
-            print(f"{key}: {cells[key]['peak'] / 1e9:.3f} GB", file=sys.stderr)
             options.out.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+        if key in cells:
+            print(f"{key}: {cells[key]['peak'] / 1e9:.3f} GB", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .data.loading import encode_split
 from .data.packing import Packing
 from .data.splitting import Splits
 from .errors import ConfigError
-from .levers.activations import ActivationOffload
+from .levers.activations import LEAST, ActivationOffload
 from .levers.checkpointing import checkpoint_layers
 from .levers.lane import CudaLane
 from .levers.layers import StreamedLayers
@@ -107,6 +107,9 @@ def build_group(
         backbone.decisions["gradient_checkpointing"] = chosen
     if config.training.activation_offload == "cpu":
         group.offload = ActivationOffload(group.model, CudaLane(runtime.device))
+        backbone.decisions["activation_offload"] = f"cpu: saved tensors of {LEAST:,} bytes and more"
+    if config.training.optimizer_in_backward:
+        backbone.decisions["optimizer_in_backward"] = "each tensor is updated as soon as its gradient is there"
     if config.data.packing:
         for member in group.members:
             prove_isolation(group, member, task, runtime)

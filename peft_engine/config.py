@@ -260,8 +260,9 @@ class TrainingConfig(Section):
     batch_size: Count = 16
     """Sequences per optimizer step over all processes: what the mathematics sees."""
     micro_batch_size: Literal["auto"] | Count = "auto"
-    """Sequences in memory at once. `auto` starts at `batch_size` and halves on out-of-memory. With `data.packing` as
-    many packs as need no more tokens than that many of the step's longest sample, but at least one pack."""
+    """Sequences in memory at once. `auto` starts at `batch_size` and halves on out-of-memory, but not with `parallel:
+    fsdp` or `optimizer_in_backward`. With `data.packing` as many packs as need no more tokens than that many of the
+    step's longest sample, but at least one pack."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -269,8 +270,9 @@ class TrainingConfig(Section):
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Linear warm-up: below 1 a share of all steps, else a number of steps."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
-    """`adamw8bit` is bitsandbytes' (CPU and CUDA), with moments in 8 bits. The paged ones keep theirs in memory that
-    CUDA moves to the host when the GPU is full (CUDA only)."""
+    """`adamw8bit` is bitsandbytes' (CPU and CUDA), with moments in 8 bits, of tensors under 4,096 numbers in fp32. The
+    paged ones keep theirs, of tensors of 100,000 numbers and more, in memory that CUDA moves to the host when the GPU
+    is full (CUDA only)."""
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     """AdamW's moments; the first is SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -282,8 +284,8 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype. `auto`: bf16 on CUDA that has it, fp16 on older CUDA, else fp32. Trained weights are fp32."""
     gradient_checkpointing: bool | Count | list[Pattern] = False
-    """Recompute activations in backward: less memory, about a third more time. A number k does so in every k-th layer,
-    regular expressions in the layers whose full name one of them finds."""
+    """Recompute activations in backward: less memory, about a third more time. A number k does so in every k-th layer
+    of each stack, regular expressions in the layers whose full name one of them finds."""
     activation_offload: Literal["none", "cpu"] = "none"
     """CUDA: keep what forward saves for backward in pinned host memory in between."""
     optimizer_in_backward: bool = False

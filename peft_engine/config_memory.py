@@ -15,6 +15,10 @@ def memory_faults(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
     """
     training, model = values.get("training") or {}, values.get("model") or {}
     yield from _checkpointing(training.get("gradient_checkpointing"))
+    yield from _on_a_card(values.get("device"), training)
+    if training.get("gradient_checkpointing") and (values.get("adapter") or {}).get("method") == "prefix":
+        text = "runs layers again without the keys and values that adapter.method prefix gives them; set it to false"
+        yield ("training", "gradient_checkpointing"), f"{text}, or take another method, such as prompt"
     task = values.get("task")
     for section, name, off in (
         ("training", "activation_offload", "none"),
@@ -40,6 +44,18 @@ def _checkpointing(chosen: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
             re.compile(pattern)
         except re.error as error:
             yield (*path, number), f"got {pattern!r}, expected a regular expression: {error}"
+
+
+def _on_a_card(device: Any, training: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What a device has no second memory for; `model.offload` is among `_layers`."""
+    if device in (None, "auto", "cuda"):
+        return
+    if training.get("activation_offload") == "cpu":
+        text = f"keeps saved tensors on the host, and device {device} has no memory but the host's; write none"
+        yield ("training", "activation_offload"), text
+    if str(training.get("optimizer")).startswith("paged"):
+        text = f"got {training['optimizer']}, whose state lies in CUDA's unified memory, and device is {device}"
+        yield ("training", "optimizer"), f"{text}; write adamw8bit, or adamw"
 
 
 def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

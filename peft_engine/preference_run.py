@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .config import Config
 from .data.splitting import Split
 from .errors import ConfigError, DataError, Diverged, EngineError, OutOfMemory
+from .levers.checkpointing import hold_choice
 from .meters.memory import LiveBytes
 from .reference import copy_to_reference, one_start, reference_numbers
 from .runtime import seed_everything
@@ -45,6 +46,9 @@ ENGINE_SETS = {
     "seed": "training.seed",
     "output_dir": "output",
     "gradient_checkpointing": "training.gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing_kwargs": "training.gradient_checkpointing",
     "report_to": "report_to",
 }
 """TRL's fields that are settings of ours, or that the engine decides by them."""
@@ -154,6 +158,7 @@ class Driver:
                 optimizers=(optimizer, constant),
             )
         copy_to_reference(run.group.model)
+        hold_choice(run.group.backbone.model)
         self.trainer.remove_callback(PrinterCallback)
         self.prepared = {first: self.trainer.eval_dataset}
         off = getattr(arguments, "disable_dropout", False)
@@ -203,6 +208,7 @@ class Driver:
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "full_determinism": False,
+            "gradient_checkpointing": False,  # TRL's default is True; `build_group` has done it where it is set
         }
         if "router_aux_loss_coef" in known:
             if options.pop("router_aux_loss_coef", None):

@@ -214,6 +214,8 @@ PLAIN = (*NOT_ROUNDED, "model.offload=none")
 """Adapters are for the weights as they are loaded, not for rounded ones: on these they are verified and merged."""
 IN_FULL = (*PLAIN, *NOT_QUANTISED)
 """The model's own weights, neither rounded nor quantised."""
+WITHOUT_A_CARD = ("training.activation_offload=none", "training.optimizer=adamw")
+"""In place of what a CPU can't train with: a run that is used trains nothing."""
 
 
 def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Config]:
@@ -243,6 +245,8 @@ def find_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Con
         overrides = (*overrides, *NOT_ROUNDED)
     if "model.quantization=none" in overrides:
         overrides = (*overrides, *NOT_QUANTISED)
+    if any(one.startswith("device=") for one in overrides):
+        overrides = (*WITHOUT_A_CARD, *overrides)
     found = load_config(folder / "config.yaml", overrides)
     _refuse_other_rounding(found, load_config(folder / "config.yaml"))
     return folder, found

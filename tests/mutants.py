@@ -289,7 +289,7 @@ REMOVALS = (
       "at_the_first_step_there_is_nothing_to_keep"),
     R("25", "training/loop.py", "(math.isfinite(norm) or scaled)", "True",
       "a_gradient_that_is_not_finite_stops_it_too"),
-    R("25", "training/loop.py", "self.hooks.save(trainee.step)", "pass",
+    R("25", "training/loop.py", "self._save(trainee.step)", "pass",
       "nan_stops_the_run_with_the_last_good_weights"),
     R("25", "training/loop.py", "self._refuse_not_finite(trainee, step, loss, norm, early",
       "self._update(trainee)\n            self._refuse_not_finite(trainee, step, loss, norm, early",

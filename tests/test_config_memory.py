@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_config_checks import faults
+from delayed import DelayedLane
+from test_config_checks import faults, tree
 from tiny import assemble, config, pair_rows, write_rows
 
+from peft_engine import building
+from peft_engine.config_reading import load_config, to_yaml
 from peft_engine.errors import ConfigError
+from peft_engine.run_directory import find_run
 
 FREE = {"max_grad_norm": None, "optimizer_in_backward": True}
 
@@ -36,6 +40,31 @@ def test_checkpointing_takes(value: Any) -> None:
 def test_checkpointing_refuses(value: Any, message: str) -> None:
     (line,) = faults("causal-lm", training={"gradient_checkpointing": value})
     assert line.startswith(message), line
+
+
+@pytest.mark.parametrize("chosen", [True, 2, ["0$"]])
+def test_prefix_and_checkpointing(chosen: Any) -> None:
+    (line,) = faults("causal-lm", adapter={"method": "prefix"}, training={"gradient_checkpointing": chosen})
+    assert line.startswith("training.gradient_checkpointing: runs layers again without the keys and values that")
+    assert "adapter.method prefix" in line
+    assert not faults("causal-lm", adapter={"method": "prefix"})
+    assert not faults("causal-lm", adapter={"method": "prompt"}, training={"gradient_checkpointing": chosen})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"activation_offload": "cpu"}, "training.activation_offload: keeps saved tensors on the host, and device"),
+        ({"optimizer": "paged_adamw"}, "training.optimizer: got paged_adamw, whose state lies in CUDA's unified"),
+        ({"optimizer": "paged_adamw8bit"}, "training.optimizer: got paged_adamw8bit, whose state lies in CUDA's"),
+    ],
+)
+def test_what_needs_a_card_is_refused_by_validate(setting: dict[str, Any], message: str) -> None:
+    for device in ("cpu", "mps"):
+        (line,) = faults("causal-lm", device=device, training=setting)
+        assert line.startswith(message), line
+    assert not faults("causal-lm", device="cuda", training=setting)
+    assert not faults("causal-lm", training=setting)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +132,30 @@ def test_a_cpu_refuses_before_it_loads(
     name = f"{section}.{next(iter(setting))}"
     with pytest.raises(ConfigError, match=rf"^{name}: got \w+, and the device is cpu: only a CUDA card"):
         assemble(given.model_copy(update={"model": given.model.model_copy(update={"path": str(tiny_model("llama"))})}))
+
+
+def test_a_run_of_a_card_is_used_on_a_cpu(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    training = {"activation_offload": "cpu", "optimizer": "paged_adamw"}
+    given = load_config(tree("causal-lm", training=training, output=str(tmp_path)))
+    (tmp_path / "config.yaml").write_text(to_yaml(given))
+    assert find_run(tmp_path, ("device=cpu",))[1].device == "cpu"
+    assert find_run(tmp_path)[1].training.optimizer == "paged_adamw"
+    with pytest.raises(ConfigError, match="whose state lies in CUDA's unified memory"):
+        find_run(tmp_path, ("device=cpu", "training.optimizer=paged_adamw"))
+
+
+def test_levers_are_told(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `decisions` of run.json; on a card, so that what refuses them here is taken out."""
+    monkeypatch.setattr(building, "refuse_levers", lambda *_: None)
+    monkeypatch.setattr(building, "CudaLane", lambda _: DelayedLane())
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows(20))
+    given = config("causal-lm", tiny_model("llama"), rows, tmp_path / "out", training=FREE)
+    assert "activation_offload" not in assemble(given).group.decisions()
+    training = given.training.model_copy(update={"activation_offload": "cpu"})
+    told = assemble(given.model_copy(update={"training": training})).group.decisions()
+    assert told["activation_offload"] == "cpu: saved tensors of 262,144 bytes and more"
+    assert told["optimizer_in_backward"] == "each tensor is updated as soon as its gradient is there"
 
 
 def test_some_layers_of_a_run(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -214,6 +214,22 @@ def test_the_quantised_part_in_small(tmp_path):
     assert any("14 linears in nf4" in note for note in run["notes"])
 
 
+def test_the_levers_part_in_small(tmp_path):
+    from gpu_parts.levers import LEVERS
+
+    assert gpu_suite.main(["--part", "levers", "--smoke", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("smoke_*_levers.json")
+    cells = json.loads(path.read_text())["runs"][0]["cells"]
+    assert [cell["settings"]["lever"] for cell in cells] == list(LEVERS)
+    for cell, lever in zip(cells, LEVERS, strict=True):
+        assert set(cell["contenders"][lever]["faster_than"]) == {"no lever"}
+        held = {name: one["more"]["held"] for name, one in cell["contenders"].items()}
+        if lever in ("layers on the host", "all three"):
+            assert 0 < held[lever] < held["no lever"], lever
+        else:
+            assert 0 < held[lever] == held["no lever"], lever
+
+
 def test_a_step_that_froze_nothing_is_red(bench, monkeypatch):
     from gpu_parts import eight_bit, step, training
 

@@ -1,6 +1,8 @@
 """benchmarks/memory_levers.py: the fake count is the real one, and its sums are bitsandbytes' own."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,9 +79,29 @@ def test_bytes_of_codes_are_those_of_bitsandbytes(count: int, out: int) -> None:
 def test_the_fastest_that_fits() -> None:
     key = "8B 2048 "
     sizes = [40e9, 30e9, 20e9, 12e9, 9e9, 8e9, 7e9, 3e9]
-    cells = {key + one.told(): {"peak": size} for one, size in zip(levers.LADDER, sizes, strict=True)}
+    cells = {key + one.told(): {"peak": size} for one, size in zip(levers.LADDER.values(), sizes, strict=True)}
     assert levers.fits(cells, 48, "8B", 2048) == "no lever"
     assert levers.fits(cells, 40, "8B", 2048) == "every second layer checkpointed"
     assert levers.fits(cells, 24, "8B", 2048) == "all layers checkpointed"
-    assert levers.fits(cells, 8, "8B", 2048).startswith("nf4 weights + all layers checkpointed + activations")
+    assert levers.fits(cells, 8, "8B", 2048) == "nf4, checkpointed, activations on the host"
     assert levers.fits(cells, 3, "8B", 2048) == "none of these"
+
+
+def test_the_document_holds_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (levers.ROOT / "docs" / "MEMORY.md").read_text(encoding="utf-8")
+    levers.main(["tables"])
+    printed = capsys.readouterr().out.strip()
+    assert printed.count("\n\n") == 2
+    for table in printed.split("\n\n"):
+        assert f"\n{table}\n" in text
+
+
+def test_cells_that_are_there_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    levers.main(["real"])
+    assert capsys.readouterr().err.count("real LoRA") == sum(one.method == "lora" for one in levers.ON_CPU)
+
+
+def test_tables_of_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        levers.main(["tables", "--out", str(tmp_path / "new.json")])
+    assert re.search(r"new\.json lacks \d+ cells, real LoRA, plain peft first", capsys.readouterr().err)

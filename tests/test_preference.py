@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny import config, sentence, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from peft_engine import session
 from peft_engine.config import Config
 from peft_engine.errors import BudgetReached, ConfigError, DataError
 from peft_engine.run import train
@@ -278,6 +280,7 @@ def test_rows_that_hold_no_preference(
     [
         ({"preference": {"options": {"beta": 0.2}}}, "preference.beta"),
         ({"preference": {"options": {"bta": 0.2}}}, "no such field"),
+        ({"preference": {"options": {"activation_checkpointing": True}}}, "Set training.gradient_checkpointing"),
         ({"training": {"batch_size": 4, "micro_batch_size": 3}}, "does not divide"),
         ({"preference": {"options": {"loss_type": "nonsense"}}}, "TRL refuses"),
         ({"training": {"restore_best": True}}, "restore_best"),
@@ -286,6 +289,40 @@ def test_rows_that_hold_no_preference(
 def test_settings_that_do_not_go_are_told(change: dict[str, Any], words: str, tiny_model: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         train(settings("dpo", tiny_model("llama"), tmp_path, **change))
+
+
+@pytest.mark.parametrize("task", ["dpo", "orpo", "kto", "reward"])
+def test_layers_are_checkpointed_as_set(
+    task: str, tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL checkpoints all by default, and all again after its reference. A checkpointed layer runs twice in a step."""
+    build, runs, told, losses = session.build_group, {}, [], []
+
+    def count(chosen: Any, name: str, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            runs[chosen][name] = runs[chosen].get(name, 0) + 1
+
+    def counted(chosen: Any, *given: Any, **more: Any) -> Any:
+        group = build(*given, **more)
+        for name, module in group.model.named_modules():
+            if name.endswith(".mlp"):
+                module.register_forward_pre_hook(partial(count, chosen, name[-5:]))
+        return group
+
+    for chosen in ("no", 2, "all"):
+        runs[chosen] = {}
+        monkeypatch.setattr(session, "build_group", partial(counted, chosen))
+        training = {"steps": 3, "gradient_checkpointing": {"no": False, "all": True}.get(chosen, chosen)}
+        run = settings(task, tiny_model("llama"), tmp_path / str(chosen), training=training)
+        told.append(train(run)["decisions"].get("gradient_checkpointing"))
+        losses.append([row["loss"] for row in metrics(run.output) if "loss" in row])
+    once = runs["no"]["0.mlp"]
+    assert once > 0
+    assert runs["no"] == {"0.mlp": once, "1.mlp": once}
+    assert runs[2] == {"0.mlp": 2 * once, "1.mlp": once}
+    assert runs["all"] == {"0.mlp": 2 * once, "1.mlp": 2 * once}
+    assert told == [None, "1 of 2 layers", "all 2 layers"]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_the_balance_loss_of_experts_is_left_out(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Part `levers`: what each memory lever costs and saves on a whole step of a fused Llama, LoRA r=16 on all linears.
 
 Every lever has a model of its own beside the plain one, with the same weights; its loss and gradients must be the plain
-one's. `held` is what is allocated between steps, `peak_bytes` what a step takes above it.
+one's. `held` is what a side has on the card between steps (weights, buffers, optimizer), `peak_bytes` what a step takes
+above that.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from peft_engine.levers.checkpointing import checkpoint_layers
 from peft_engine.levers.in_backward import StepInBackward
 from peft_engine.levers.lane import CudaLane, Lane
 from peft_engine.levers.layers import StreamedLayers
+from peft_engine.meters.memory import storage_bytes
+from peft_engine.quantised import weights_of
 
 from .bench import Bench, Check, Run, relative_error
 from .step import LARGE, SMALL, TINY, Shape, llama, step_flops
@@ -89,6 +92,11 @@ class Leveraged(Subject):
 
         return work
 
+    def held(self) -> int:
+        """Bytes of its tensors on the card; layers that are on the host have none there."""
+        states = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return storage_bytes([*weights_of(self.model), *states])
+
 
 def lever_cell(bench: Bench, shape: Shape, lever: str) -> None:
     """Without dropout, so that the check is made in training mode, where layers are checkpointed and the loss fused."""
@@ -109,13 +117,8 @@ def lever_cell(bench: Bench, shape: Shape, lever: str) -> None:
         versus={lever: ["no lever"]},
         memory=True,
         rounds=5,
-        more=lambda label, ms: {**sides[label].rates(label, ms), "held": _held(bench)},
+        more=lambda label, ms: {**sides[label].rates(label, ms), "held": sides[label].held()},
     )
-
-
-def _held(bench: Bench) -> int:
-    """Bytes allocated on the card by both models together."""
-    return torch.cuda.memory_allocated(bench.device) if bench.device.type == "cuda" else 0
 
 
 def _same(plain: Subject, ours: Subject, batch: dict[str, Tensor]) -> Check:

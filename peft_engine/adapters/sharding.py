@@ -58,12 +58,21 @@ def _read_before_forward(group: Group) -> set[nn.Parameter]:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The entries of outermost ModuleLists: the layers of a transformer, of whatever name."""
+    """The entries of outermost ModuleLists: the layers of a transformer, of whatever name. A list within a list never
+    runs itself, its entries do."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            yield from _entries(child)
         else:
             yield from blocks(child)
+
+
+def _entries(container: nn.Module) -> Iterator[nn.Module]:
+    for entry in container.children():
+        if isinstance(entry, nn.ModuleList | nn.ModuleDict):
+            yield from _entries(entry)
+        else:
+            yield entry
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -18,8 +18,8 @@ def checkpoint_layers(model: Any, chosen: bool | int | list[str]) -> str:
 
     Args:
         model: a transformers model.
-        chosen: True for all layers; k for every k-th from the first on; regular expressions for those whose full name
-            one of them finds.
+        chosen: True for all layers; k for every k-th of each stack (encoder, decoder), from its first on; regular
+            expressions for those whose full name one of them finds.
 
     Returns:
         How many layers of how many, for run.json.
@@ -37,10 +37,24 @@ def checkpoint_layers(model: Any, chosen: bool | int | list[str]) -> str:
         return f"all {len(layers)} layers" if layers else "all layers"
     if not layers:
         raise ConfigError(f"{SETTING}: {type(model).__name__} can't checkpoint some of its layers.", "Set it to true.")
-    kept = _named(layers, chosen) if isinstance(chosen, list | tuple) else set(list(layers)[::chosen])
+    kept = _named(layers, chosen) if isinstance(chosen, list | tuple) else _every(layers, chosen)
     for name, layer in layers.items():
         layer.gradient_checkpointing = name in kept
     return f"{len(kept)} of {len(layers)} layers"
+
+
+def hold_choice(model: Any) -> None:
+    """Let nobody else switch checkpointing, in place. TRL does so round its reference model, and has all layers
+    checkpointed after it; without gradients a checkpointed layer runs as any other.
+    """
+    model.gradient_checkpointing_enable = model.gradient_checkpointing_disable = lambda *_, **__: None
+
+
+def _every(layers: dict[str, Any], k: int) -> set[str]:
+    stacks: dict[str, list[str]] = {}
+    for name in layers:
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    return {name for stack in stacks.values() for name in stack[::k]}
 
 
 def _named(layers: dict[str, Any], patterns: list[str]) -> set[str]:

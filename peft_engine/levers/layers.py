@@ -2,11 +2,13 @@
 
 In forward layer i runs while i + 1 is fetched; in backward while i - 1 is. A layer's weights keep their storages,
 which are emptied and filled again: whatever autograd saved of them (the weight, a view of it) finds them filled when
-the layer's gradient arrives. One-dimensional weights, buffers and all that trains stay on the card.
+the layer's gradient arrives. One-dimensional weights, buffers and all that trains stay on the card. A layer may run
+several times in a pass, as those of ALBERT do.
 """
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ class _Layer:
         there: filled, or being filled.
         ticket: of the copy that fills it, None once it was waited for.
         trains: a gradient will come for what its last forward gave.
+        open: of its runs in forward those whose backward pass has begun and is not over.
     """
 
     def __init__(self) -> None:
@@ -31,6 +34,7 @@ class _Layer:
         self.there = True
         self.ticket: Any = None
         self.trains = False
+        self.open: set[int] = set()
 
 
 class StreamedLayers:
@@ -49,6 +53,7 @@ class StreamedLayers:
         self.lane, self.device = lane, device
         self.layers: list[_Layer] = []
         self.host_bytes = 0
+        self._runs, self._run = count(), 0
         owners: dict[int, int] = {}
         for parameter in (p for block in blocks for p in dict.fromkeys(block.parameters())):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
@@ -103,32 +108,38 @@ class StreamedLayers:
     def _before(self, number: int, block: nn.Module, args: Any, kwargs: Any) -> None:
         for other in (*self.layers[:number], *self.layers[number + 1 :]):
             self._release(other)  # what an earlier pass left behind
+            other.open.clear()
+        self._run = next(self._runs)
         self._ready(self.layers[number])
         if number + 1 < len(self.layers):
             self._start(self.layers[number + 1])
         given = next((t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad), None)
         if given is not None and torch.is_grad_enabled():
-            given.register_hook(partial(self._went, number))
+            given.register_hook(partial(self._went, number, self._run))
 
     def _after(self, number: int, block: nn.Module, args: Any, output: Any) -> None:
         layer = self.layers[number]
         made = [t for t in tree_iter(output) if isinstance(t, Tensor) and t.requires_grad]
         layer.trains = bool(made)
         for tensor in made:
-            tensor.register_hook(partial(self._came, number))
+            tensor.register_hook(partial(self._came, number, self._run))
         if not (layer.trains and number == len(self.layers) - 1):  # backward begins with the last
             self._release(layer)
 
-    def _came(self, number: int, gradient: Tensor) -> None:
+    def _came(self, number: int, run: int, gradient: Tensor) -> None:
         """The gradient of a layer's output is there: its backward pass begins."""
+        self.layers[number].open.add(run)
         self._ready(self.layers[number])
         if number == len(self.layers) - 1:
             self._ahead(number - 1)
 
-    def _went(self, number: int, gradient: Tensor) -> None:
-        """The gradient of a layer's input is whole: nothing of it is used any more, and the one before it runs."""
-        self._release(self.layers[number])
-        self._ahead(number - 2)
+    def _went(self, number: int, run: int, gradient: Tensor) -> None:
+        """The gradient of a layer's input is whole: this run of it is over, and what ran before it begins."""
+        layer = self.layers[number]
+        layer.open.discard(run)
+        if not layer.open:
+            self._release(layer)
+            self._ahead(number - 2)
 
     def _ahead(self, number: int) -> None:
         if number >= 0 and self.layers[number].trains:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..adapters.files import refuse_difference
 from ..errors import ConfigError, StorageError
 from .ema import Average
+from .optim import page_again
 from .state import Trainee
 
 MANIFEST = "MANIFEST.json"
@@ -126,6 +127,7 @@ def load_checkpoint(checkpoint: Path, trainees: list[Trainee]) -> dict[str, Any]
             trainee.member.allocation.restore(load_file(checkpoint / f"{name}.allocation.safetensors"))
         optimizer = _read_optimizer(checkpoint / f"{name}.optimizer.safetensors", saved["optimizer"])
         trainee.optimizer.load_state_dict(optimizer)
+        page_again(trainee.optimizer)
         trainee.restore(saved["trainee"])
         best = checkpoint / f"{name}.best.safetensors"
         trainee.best_tensors = load_file(best) if best.name in manifest["files"] else {}

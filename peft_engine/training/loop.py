@@ -65,6 +65,8 @@ class Loop:
     total_steps: int
     hooks: Hooks
     signals: Signals
+    saved: int = 0
+    """Step of the newest checkpoint, 0 where there is none."""
 
     def run(self) -> None:
         """Train to the last step, or until every member stopped early.
@@ -78,7 +80,8 @@ class Loop:
         evaluate_every, save_every = settings.eval_every or per_epoch, settings.save_every or per_epoch
         schedule = make_schedule(settings.schedule, settings.warmup, self.total_steps)
         self.group.train()
-        for step in range(min(t.step for t in self.trainees) + 1, self.total_steps + 1):
+        self.saved = min(t.step for t in self.trainees)
+        for step in range(self.saved + 1, self.total_steps + 1):
             if all(t.stopped for t in self.trainees):  # resumed after early stopping had ended it
                 break
             for trainee in self.trainees:
@@ -90,7 +93,7 @@ class Loop:
             last = last or all(t.stopped for t in self.trainees)
             reason = stop_reason(self.config, self.signals, self.hooks.elapsed())
             if step % save_every == 0 or last or reason:
-                self.hooks.save(step)
+                self._save(step)
             if reason and not last:
                 raise reason
             if last:
@@ -203,6 +206,8 @@ class Loop:
         packing = self.trainees[0].plan.packing
         packed = f", in packs of up to {packing.tokens} tokens," if packing else ""
         first = "training.micro_batch_size, data.pack_tokens" if packing else "training.micro_batch_size"
+        if self.config.training.optimizer_in_backward:  # one micro-batch is the whole step
+            first = "training.batch_size"
         return OutOfMemory(
             f"Memory ran out with {size} {self.data.largest}{packed} at once: {str(error).splitlines()[0]}",
             f"Lower {first} or {self.data.length_setting}, set training.gradient_checkpointing: true, or adapt less.",
@@ -223,7 +228,7 @@ class Loop:
             {"step": step, "member": trainee.member.spec.name, "loss": str(loss), "grad_norm": str(norm), "rows": rows}
         )
         if trainee.step and not moved:
-            self.hooks.save(trainee.step)
+            self._save(trainee.step)
         which = (
             f"rows that do it by themselves: {', '.join(r['row'] for r in rows[:3])}"
             if bad
@@ -232,12 +237,21 @@ class Loop:
         raise Diverged(
             f"Step {step}: loss {loss}, gradient norm {norm}; {which}.",
             "Lower training.learning_rate, use a wider precision, or mend the rows (failure.json lists them). "
-            + (
-                f"{moved} tensors were updated before: the last checkpoint has good weights."
-                if moved
-                else "The weights before this step are kept."
-            ),
+            + self._what_is_good(moved),
         )
+
+    def _what_is_good(self, moved: int) -> str:
+        """Which weights are as they were before the step in which `moved` tensors were updated, for a message."""
+        if not moved:
+            return "The weights before this step are kept."
+        told = f"{moved} tensors of this run were updated in this step already"
+        if self.saved:
+            return f"{told}: the checkpoint of step {self.saved} has good weights."
+        return f"{told}, and it has no checkpoint: start anew; training.save_every says how often one is written."
+
+    def _save(self, step: int) -> None:
+        self.hooks.save(step)
+        self.saved = step
 
     def _note(self, trainee: Trainee, step: int, loss: float, norm: float, seconds: float, measured: bool) -> None:
         """Add a step to the meters, and write a row every `log_every` steps."""

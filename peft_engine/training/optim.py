@@ -78,6 +78,17 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
     return math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
 
 
+def page_again(optimizer: torch.optim.Optimizer) -> None:
+    """Put the state of a paged optimizer back into pages, in place, after bitsandbytes' `load_state_dict`, which makes
+    ordinary tensors of it."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            buffer = optimizer.get_state_buffer(parameter, state[name].dtype)  # type: ignore[attr-defined]
+            state[name] = buffer.copy_(state[name])
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

@@ -9,7 +9,7 @@ import torch
 from delayed import DelayedLane
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import peft_engine
 from peft_engine.levers.activations import AHEAD, LEAVING, ActivationOffload
@@ -74,6 +74,32 @@ def test_gradients_are_the_same_bit_for_bit(fused: bool, checkpointing: int, dro
         for name, gradient in plain.items():
             assert torch.equal(found[name], gradient), name
     assert offload.moved_bytes > 2 * LAYERS * 2 * TOKENS * WIDTH * 4 / max(1, checkpointing)
+
+
+def phi3() -> Any:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 61, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    base = Phi3ForCausalLM(Phi3Config(**shape, intermediate_size=48, num_key_value_heads=2, pad_token_id=0))
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+def test_views_of_packed_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come back without the gaps between their rows, which changes the order of sums alone."""
+    plain, model, lane = gradients(phi3(), None), phi3(), DelayedLane()
+    gaps: list[bool] = []
+    host = lane.host
+
+    def watched(like: Tensor) -> Tensor:
+        made = host(like)
+        gaps.append(made.stride() != like.stride())
+        return made
+
+    monkeypatch.setattr(lane, "host", watched)
+    found = gradients(model, ActivationOffload(model, lane, LEAST))
+    assert any(gaps)
+    assert not all(gaps)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peft_engine.errors import ConfigError
 from peft_engine.levers.checkpointing import checkpoint_layers
@@ -68,6 +75,14 @@ def test_what_can_not_be_chosen_is_refused() -> None:
     model.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match="LlamaForCausalLM does not support it"):
         checkpoint_layers(model, 2)
+
+
+def test_every_stack_counts_for_itself() -> None:
+    shape = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**shape, num_layers=3, num_decoder_layers=2))
+    assert checkpoint_layers(model, 2) == "3 of 5 layers"
+    assert [layer.gradient_checkpointing for layer in model.encoder.block] == [True, False, True]
+    assert [layer.gradient_checkpointing for layer in model.decoder.block] == [True, False]
 
 
 def test_encoders_too() -> None:

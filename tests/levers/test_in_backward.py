@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from peft_engine import building
 from peft_engine.config import Config
-from peft_engine.errors import ConfigError, Diverged
+from peft_engine.errors import ConfigError, Diverged, OutOfMemory
 from peft_engine.levers.in_backward import StepInBackward
 from peft_engine.meters.memory import LiveBytes
 from peft_engine.run import train
 from peft_engine.runtime import Runtime, start
+from peft_engine.training.checkpoint import complete_checkpoints
 from peft_engine.training.loop import Hooks
 
 Models = Callable[[str], Path]
@@ -128,28 +129,76 @@ def test_nothing_moves_once_a_gradient_is_not_finite() -> None:
     assert all(torch.equal(t.detach(), torch.ones(2)) for t in (first, second))
 
 
+@pytest.mark.parametrize(
+    ("save_every", "saves", "words"),
+    [
+        (1, [1], "tensors of this run were updated in this step already: the checkpoint of step 1 has good weights."),
+        (9, [], "already, and it has no checkpoint: start anew; training.save_every says how often one is written."),
+    ],
+)
 def test_a_run_that_diverges_says_what_moved(
-    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_every: int,
+    saves: list[int],
+    words: str,
+    tiny_model: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Poison in the middle of the model: what stands above it was updated already, so no checkpoint is written."""
     saved: list[int] = []
     monkeypatch.setattr(tiny, "Hooks", lambda **given: Hooks(**{**given, "save": saved.append}))
-    run = assemble(settings(tiny_model("llama"), tmp_path, True, training__save_every=1))
+    run = assemble(settings(tiny_model("llama"), tmp_path, True, training__save_every=save_every))
+    layer: Any = dict(run.group.model.named_modules())["base_model.model.model.layers.0.mlp"]
+    begun: list[int] = []
+
+    def poison(_: Any, __: Any, y: Tensor) -> Tensor:
+        begun.extend([1] * torch.is_grad_enabled())
+        return Poisoned.apply(y) if len(begun) > 1 else y
+
+    layer.register_forward_hook(poison)
+    with pytest.raises(Diverged, match=r"Step 2: .*gradient norm (nan|inf)") as found:
+        run.train(3)
+    assert words in found.value.fix
+    assert saved == saves
+
+
+def test_a_resumed_run_names_the_checkpoint_it_began_at(tiny_model: Models, tmp_path: Path) -> None:
+    run = assemble(settings(tiny_model("llama"), tmp_path, True, training__save_every=9))
     run.train(1)
-    assert saved == [1]
     layer: Any = dict(run.group.model.named_modules())["base_model.model.model.layers.0.mlp"]
     layer.register_forward_hook(lambda _, __, y: Poisoned.apply(y))
-    with pytest.raises(Diverged, match=r"gradient norm (nan|inf)") as found:
+    with pytest.raises(Diverged) as found:
         run.train(2)
-    assert "tensors were updated before: the last checkpoint has good weights" in str(found.value.fix)
-    assert saved == [1]
+    assert "the checkpoint of step 1 has good weights" in found.value.fix
+
+
+def test_memory_that_runs_out(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In backward of step 2, when tensors were updated: no smaller pieces, no checkpoint, and advice that is taken."""
+    given = settings(tiny_model("llama"), tmp_path, True, training__micro_batch_size="auto", training__save_every=1)
+    steps: list[int] = []
+
+    def starved(self: StepInBackward, tensor: Tensor) -> None:
+        steps.append(1)
+        if len(steps) > 28 + 7:  # 28 tensors train
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+        update(self, tensor)
+
+    update = StepInBackward._update
+    monkeypatch.setattr(StepInBackward, "_update", starved)
+    with pytest.raises(OutOfMemory) as found:
+        train(given)
+    assert found.value.fix.startswith("Lower training.batch_size or data.max_length, set ")
+    assert "micro_batch_size" not in found.value.fix
+    assert [path.name for path in complete_checkpoints(Path(given.output) / "checkpoints")] == ["step-1"]
 
 
 def test_run_json(tiny_model: Models, tmp_path: Path) -> None:
     given = settings(tiny_model("llama"), tmp_path, True, adapter={"method": "full"})
     summary = train(given)
     assert summary["memory"]["gradients"] == 0
+    assert "optimizer_in_backward" in summary["decisions"]
     plain = train(settings(tiny_model("llama"), tmp_path, False, adapter={"method": "full"}))
+    assert "optimizer_in_backward" not in plain["decisions"]
     assert summary["metrics"] == plain["metrics"]
     assert summary["peak_bytes"] < plain["peak_bytes"]
     assert json.loads((tmp_path / "early-True" / "run.json").read_text())["memory"] == summary["memory"]

@@ -1,10 +1,13 @@
 """Schedules and parameter groups."""
 
 import math
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -15,7 +18,7 @@ from transformers import (
 from peft_engine.adapters.group import Member, MemberSpec
 from peft_engine.config import AdapterConfig, Config, TrainingConfig
 from peft_engine.errors import ConfigError
-from peft_engine.training.optim import make_optimizer, make_schedule, parameter_groups, set_learning_rate
+from peft_engine.training.optim import make_optimizer, make_schedule, page_again, parameter_groups, set_learning_rate
 
 TOTAL = 40
 NAMES = ["constant", "linear", "cosine", "wsd"]
@@ -143,3 +146,41 @@ def test_paged_optimizers_are_for_cuda(name: str, cls: str) -> None:
     assert type(made).__name__ == cls
     assert made.is_paged
     assert made.param_groups[0]["betas"] == (0.8, 0.95)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("PagedAdamW", torch.float32), ("PagedAdamW8bit", torch.uint8)])
+def test_a_loaded_state_is_paged_again(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a card a page is an ordinary tensor with a mark; bitsandbytes' own rule says which tensors get one."""
+    large, small = nn.Parameter(torch.ones(400, 300)), nn.Parameter(torch.ones(80, 80))
+
+    def page(self: Any, parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+        made = torch.zeros_like(parameter, dtype=dtype)
+        if self.is_paged and parameter.numel() >= 1e5:
+            made.is_paged = True  # type: ignore[attr-defined]
+        return made
+
+    monkeypatch.setattr(getattr(bitsandbytes.optim, name), "get_state_buffer", page)
+    monkeypatch.setattr(getattr(bitsandbytes.optim, name), "prefetch_state", lambda self, parameter: None)
+    first, second = (getattr(bitsandbytes.optim, name)([large, small], lr=0.1) for _ in range(2))
+    for parameter in (large, small):
+        parameter.grad = torch.randn_like(parameter)
+    first.step()
+    second.load_state_dict(tree_map_only(torch.Tensor, torch.clone, first.state_dict()))  # as a file brings it back
+    assert not hasattr(second.state[large]["state1"], "is_paged"), "loading keeps pages: nothing to do"
+    page_again(second)
+    for moments in ("state1", "state2"):
+        assert second.state[large][moments].is_paged
+        assert not hasattr(second.state[small][moments], "is_paged")
+        for parameter in (large, small):
+            assert second.state[parameter][moments].dtype == first.state[parameter][moments].dtype == dtype
+            assert torch.equal(second.state[parameter][moments], first.state[parameter][moments])
+
+
+def test_other_states_stay_as_they_were_loaded() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    made = torch.optim.AdamW([weight])
+    made.step()
+    before = made.state[weight]["exp_avg"]
+    page_again(made)
+    assert made.state[weight]["exp_avg"] is before
