@@ -136,8 +136,9 @@ def _unreadable(error: EngineError) -> DataError:
 
 
 def _as_adapter(config: Config) -> tuple[str, ...]:
-    """What an adapter file is for: the base as it is quantised, with the library's own products, which plain peft has
-    too; but the model's own weights where the start moved a part of them into the adapter."""
+    """What an adapter file is for: the base as it is quantised, unfused, as plain peft has it (but that outside of the
+    engine bitsandbytes' int8 rounds activations in evaluation on a CPU); the model's own weights where the start moved
+    a part of them into the adapter."""
     if config.adapter.method == "lora" and moves_weights(config.adapter.init):
         return IN_FULL
     quantised = config.model.quantization != "none" or stored_kind(load_settings(config.model)) is not None
