@@ -348,7 +348,15 @@ def export(
         text += f"\n  against what was trained: {drift.held_out.told()}"
     for base, one in drift.bases.items():
         text += f"\n  merged onto the {base} base: {one.told()}" + (" (written)" if base == drift.base else "")
+    if gguf:
+        found["gguf"] = json.loads((folder / "merge.json").read_text(encoding="utf-8"))["gguf"]
+        text += "".join(f"\n  {name}: {_of_file(said)}" for name, said in found["gguf"].items())
     show_found(found, as_json, lambda: click.echo(text))
+
+
+def _of_file(said: Any) -> str:
+    """What merge.json says of a GGUF file, for people."""
+    return said if isinstance(said, str) else ", ".join(f"{name} {value}" for name, value in said.items())
 
 
 for _verb in (merge, bench, report):

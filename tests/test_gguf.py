@@ -94,6 +94,9 @@ def test_an_adapter_whose_base_nobody_has_is_not_written(wide, tmp_path, monkeyp
     assert {path.name for path in folder.iterdir()} == {"model.gguf", "merge.json"}
     said = json.loads((folder / "merge.json").read_text())["gguf"]["adapter.gguf"]
     assert said.startswith("not written: on the model's own weights it is not what was trained: KL")
+    shown = CliRunner().invoke(cli, ["export", of.output, "--gguf", "--to", str(tmp_path / "again")])
+    assert f"adapter.gguf: {said}" in shown.output
+    assert "model.gguf: tensors 21, dtype float32, relative 0.0" in shown.output
 
 
 def test_the_adapter_on_the_base_is_the_merged_model(wide, tmp_path) -> None:
