@@ -9,6 +9,7 @@ from tiny import config, pair_rows, write_rows
 
 from peft_engine.config import Config
 from peft_engine.config_reading import to_yaml
+from peft_engine.run import train
 from peft_engine.run_directory import RunDirectory
 from peft_engine.training.checkpoint import complete_checkpoints, digest_file, verify_files
 
@@ -29,6 +30,14 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Crash
 
     monkeypatch.setattr(RunDirectory, "append_metrics", crash)
+
+
+def train_and_crash(monkeypatch: pytest.MonkeyPatch, settings: Config, step: int) -> None:
+    """A run that is lost when it logs `step`."""
+    with monkeypatch.context() as patched:
+        crash_at(patched, step)
+        with pytest.raises(Crash):
+            train(settings)
 
 
 def outcome(output: Path | str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
-from comparing import Crash, changed, crash_at, outcome
+from comparing import changed, outcome, train_and_crash
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import assemble
@@ -119,10 +119,7 @@ def test_the_base_that_results_is_trained_used_and_exported(init, wide, tmp_path
     assert drift.bases["dequantised"].kl < 1e-4
     assert (folder / "merge.json").is_file()
     broken = changed(given, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(broken)
+    train_and_crash(monkeypatch, broken, 5)
     train(broken, resume=True)
     assert outcome(broken.output) == outcome(given.output)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import Crash, changed, crash_at, outcome
+from comparing import changed, outcome, train_and_crash
 from tiny import assemble, class_rows, config, pair_rows, write_rows
 from tiny_seq2seq import SEQ2SEQ, copy_rows, make_seq2seq
 
@@ -81,10 +81,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_run(compute, tiny_model, tmp_pa
         )
     train(whole)
     broken = changed(whole, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(broken)
+    train_and_crash(monkeypatch, broken, 5)
     monkeypatch.setattr(
         "peft_engine.adapters.fusing.formats.time_formats", lambda *_: {"full": 1.0, "int8": 0.5, "bf16": 0.9}
     )
@@ -96,10 +93,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_run(compute, tiny_model, tmp_pa
 
 def test_what_was_decided_must_be_there(tiny_model, tmp_path, monkeypatch) -> None:
     given = settings(tiny_model, tmp_path)
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(given)
+    train_and_crash(monkeypatch, given, 5)
     record = (tmp_path / "run" / FILE).read_bytes()
     (tmp_path / "run" / FILE).unlink()
     with pytest.raises(StorageError, match="is missing: it says which weights were rounded"):
@@ -115,10 +109,7 @@ def test_what_was_decided_must_be_there(tiny_model, tmp_path, monkeypatch) -> No
 def test_what_was_decided_is_this_runs(tiny_model, tmp_path, monkeypatch) -> None:
     """A file of another run, or one with a number changed, is told from the run's own, on resume and in use."""
     given = settings(tiny_model, tmp_path)
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(given)
+    train_and_crash(monkeypatch, given, 5)
     own = tmp_path / "run" / FILE
     record = own.read_bytes()
     other = read_record(own)

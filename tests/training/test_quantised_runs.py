@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional
-from comparing import Crash, changed, crash_at, outcome
+from comparing import changed, outcome, train_and_crash
 from safetensors.torch import load_file
 from tiny import assemble, logits_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -87,10 +87,7 @@ def test_resume_gives_the_bits_of_an_undisturbed_run(kind, wide, tmp_path, monke
     whole = settings(wide("llama"), tmp_path, model={"quantization": kind})
     train(whole)
     broken = changed(whole, output=str(tmp_path / "broken"))
-    with monkeypatch.context() as patched:
-        crash_at(patched, 5)
-        with pytest.raises(Crash):
-            train(broken)
+    train_and_crash(monkeypatch, broken, 5)
     train(broken, resume=True)
     assert outcome(broken.output) == outcome(whole.output)
 
