@@ -163,26 +163,45 @@ def _width(module: Any) -> int:
 def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
     """Let bitsandbytes' linears compute in `dtype`, in training and evaluation with the same weights. In place.
 
-    On CPUs with AVX512-BF16 its 4-bit linear packs its weight anew at the first evaluation without gradients, with the
-    absmax rounded to bfloat16, and computes in bfloat16 from then on: other weights than those trained on, in a layout
-    that nothing else reads. Its 8-bit linear rounds x, see `int8_linear`.
+    Of 4 bits see `keep_codes`; its 8-bit linear rounds x, see `int8_linear`.
 
     Raises:
         ConfigError: weights are stored in blocks that its CPU kernels misread.
     """
     model.__dict__.pop("hf_device_map", None)  # one device: peft and save_pretrained take "cpu" in it for offloading
+    keep_codes(model)
     for name, linear in quantised_linears(model).items():
         if kind_of(linear) == "int8":
             unround(linear)
             continue
         linear.compute_dtype, linear.compute_type_is_set = dtype, True
-        linear.support_avx512bf16_for_cpu = False
         if linear.weight.device.type == "cpu" and linear.in_features % linear.weight.quant_state.blocksize:
             raise ConfigError(
                 f"model.path: {name} is stored in blocks of {linear.weight.quant_state.blocksize} numbers, which its "
                 f"{linear.in_features} inputs are no multiple of; bitsandbytes misreads that on a CPU.",
                 "Take device: cuda, or the model in full precision with model.quantization.",
             )
+
+
+def keep_codes(model: nn.Module) -> None:
+    """Let no 4-bit linear of bitsandbytes repack its weight, which changes what it computes. In place.
+
+    On CPUs with bf16 units it does so at the first evaluation without gradients, with absmax rounded to bfloat16, and
+    computes in bfloat16 from then on, in training too and without a gradient of its input.
+
+    Raises:
+        ConfigError: one has done so already.
+    """
+    for name, linear in quantised_linears(model).items():
+        if kind_of(linear) == "int8":
+            continue
+        if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ConfigError(
+                f"{name}: bitsandbytes has repacked this weight for its bf16 kernel, with rounded absmax, when the "
+                "model was evaluated.",
+                "Load the model anew, and fuse it before it is run.",
+            )
+        linear.support_avx512bf16_for_cpu = False
 
 
 def side_tensors(module: Any) -> dict[str, Tensor]:
@@ -334,7 +353,8 @@ def full_weights(model: PreTrainedModel, settings: ModelConfig, names: Iterable[
     Raises:
         ConfigError: the checkpoint holds them quantised.
     """
-    if settings.quantization == "none":
+    stated, _ = type(model.config).get_config_dict(settings.path, revision=settings.revision)
+    if "quantization_config" in stated:  # codes would be taken for numbers, or left out for their shape
         raise ConfigError(
             f"adapter.init: it is made of the model's own weights, and {settings.path} holds quantised ones only.",
             "Give the model in full precision, with model.quantization, or use init: default.",

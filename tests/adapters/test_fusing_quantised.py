@@ -16,9 +16,10 @@ from quantised_models import KINDS, as_numbers, quantise, twins, unpacked, wide
 from torch import Tensor, nn
 
 from peft_engine.adapters.fusing import fuse, unfuse
-from peft_engine.adapters.fusing.quantised import is_quantised, keep_codes, quantised_of
+from peft_engine.adapters.fusing.quantised import is_quantised, quantised_of
 from peft_engine.errors import ConfigError
 from peft_engine.meters.memory import LiveBytes
+from peft_engine.quantised import keep_codes
 from peft_engine.session import Run
 from peft_kernels import _quantised_products as products
 

@@ -145,8 +145,9 @@ def test_a_checkpoint_that_is_quantised_is_taken_as_it_is(kind, wide, tmp_path) 
         train(settings(folder, tmp_path / "other", model={"quantization": other}))
     with pytest.raises(ConfigError, match="would be rounded once more"):
         train(settings(folder, tmp_path / "twice", model={"quantization": "none", "frozen_compute": "int8"}))
-    with pytest.raises(ConfigError, match="holds quantised ones only"):
-        train(settings(folder, tmp_path / "init", model={"quantization": "none"}, adapter={"init": "loftq"}))
+    for asked, init in (("none", "loftq"), (kind, "loftq"), (kind, "pissa")):
+        with pytest.raises(ConfigError, match="holds quantised ones only"):
+            train(settings(folder, tmp_path / "init", model={"quantization": asked}, adapter={"init": init}))
     same = train(settings(folder, tmp_path / "same", model={"quantization": kind}))
     assert same["decisions"]["quantization"].startswith(f"{kind}: as the checkpoint stores it")
     with pytest.raises(ConfigError, match=r"quantization_skip: got \['q_proj'\], and the checkpoint .* is stored in"):

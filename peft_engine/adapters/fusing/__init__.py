@@ -21,6 +21,7 @@ from peft_kernels._quantised_products import release
 
 from ... import processes
 from ...errors import ConfigError
+from ...quantised import keep_codes
 from . import attention, freezing, loss, modules, probing, quantised
 from .formats import FrozenCompute, passes_status
 from .frozen_linear import PREFIX, frozen_of, take_back
@@ -165,7 +166,7 @@ def fuse(
             "fuse: linears of the model are quantised by bitsandbytes, so they can't be frozen in another format.",
             "Give frozen_compute full (model.frozen_compute), or load the model without quantization.",
         )
-    quantised.keep_codes(model)
+    keep_codes(model)
     unfuse(model)
     report = FuseReport()
     report.backend, report.why = _choose(model, backend)

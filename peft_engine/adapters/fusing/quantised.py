@@ -3,10 +3,8 @@
 The module keeps its class's name, its parameters and its state dict; the weight is read where it lies, at every call.
 int8 is the weight format of LLM.int8() alone: the product is that of the unpacked weight, activations are not rounded.
 
-On CPUs with bf16 units bitsandbytes' own Linear4bit repacks its weight at the first evaluation, with absmax rounded to
-bf16, and computes in bf16 from then on, in training too and without a gradient of its input. `keep_codes` forbids that.
-What it leaves: with AVX-512 bitsandbytes 0.50 itself unpacks 4 bits wrongly, a fifth of their size off, where
-in_features is a multiple of 16 but not of the blocksize; fused layers unpack them right.
+With AVX-512 bitsandbytes 0.50 itself unpacks 4 bits wrongly, a fifth of their size off, where in_features is a multiple
+of 16 but not of the blocksize; fused layers unpack them right.
 """
 
 import sys
@@ -21,7 +19,6 @@ from peft_kernels._quantised_products import release
 from peft_kernels.lora_linear import Projection
 from peft_kernels.quantised_weight import QuantisedWeight
 
-from ...errors import ConfigError
 from ...int8_linear import is_unrounded
 from .modules import subclass
 from .sharing import ProjectionForward
@@ -50,24 +47,6 @@ def is_quantised(module: nn.Module) -> bool:
     """Whether this is a linear of bitsandbytes, fused or not."""
     cls = original_class(module)
     return cls in base_classes() or is_unrounded(cls)
-
-
-def keep_codes(model: nn.Module) -> None:
-    """Let no Linear4bit of the model repack its weight, which changes what it computes; see above.
-
-    Raises:
-        ConfigError: one has done so already.
-    """
-    for name, module in model.named_modules():
-        if is_quantised(module) and hasattr(module, "support_avx512bf16_for_cpu"):
-            state = getattr(module.weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
-                raise ConfigError(
-                    f"{name}: bitsandbytes has repacked this weight for its bf16 kernel, with rounded absmax, when the "
-                    "model was evaluated.",
-                    "Load the model anew, and call keep_codes(model) or fuse(model) before it is run.",
-                )
-            module.support_avx512bf16_for_cpu = False
 
 
 def quantised_of(module: nn.Module) -> QuantisedWeight | None:
